@@ -1,0 +1,1 @@
+"""Denoisers, one file a family: pretrained diffusion networks, and analytic ones for tests."""

@@ -1,0 +1,224 @@
+"""EDM's preconditioned denoiser (Karras et al. 2022, arXiv 2206.00364, Table 1, column "Ours").
+
+Fits the published EDM networks of DDPM++, NCSN++ and ADM shape (`EDMPrecond`). Their precision switch
+is left out: everything runs in float32. The older preconditionings (VP, VE, iDDPM) are not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from core.errors import UserError
+from teachers._unets import DhariwalUNet, SongUNet
+
+_SONG_DEFAULTS = {
+    "model_channels": 128,
+    "channel_mult": (1, 2, 2, 2),
+    "num_blocks": 4,
+    "attn_resolutions": (16,),
+}
+_SONG_ONLY = frozenset(
+    ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
+)
+_IGNORED_ARGUMENTS = frozenset(("use_fp16",))
+"""Published arguments without effect here: use_fp16 asks for speed on a GPU, not for other results."""
+_SAMPLED_SIGMA_MIN = 0.002
+_SAMPLED_SIGMA_MAX = 80.0
+
+
+class Config(BaseModel):
+    """An EDM denoiser, in the words of the published constructors. Defaults are theirs, by `model_type`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="strings",
+        protected_namespaces=(),
+    )
+
+    img_resolution: int = Field(gt=0)
+    """Height and width in pixels."""
+    img_channels: int = Field(gt=0)
+    """Colour channels: 3 for RGB, 1 for grey."""
+    label_dim: int = Field(default=0, ge=0)
+    """Number of classes; 0 = unconditional."""
+    sigma_min: float = Field(default=0.0, ge=0.0)
+    """Smallest noise level, in pixel units; 0 = no limit, sampled from 0.002 up."""
+    sigma_max: float = Field(default=math.inf, gt=0.0)
+    """Largest noise level, in pixel units; infinity = no limit, sampled from 80 down."""
+    sigma_data: float = Field(default=0.5, gt=0.0)
+    """Expected standard deviation of the training images, in pixel units."""
+    model_type: Literal["SongUNet", "DhariwalUNet"] = "DhariwalUNet"
+    """SongUNet: DDPM++ and NCSN++. DhariwalUNet: ADM."""
+
+    augment_dim: int = Field(default=0, ge=0)
+    """Length of the augmentation labels the network was trained with; 0 = none."""
+    model_channels: int = Field(default=192, ge=4)
+    """Channels that `channel_mult` multiplies; SongUNet's default is 128."""
+    channel_mult: tuple[int, ...] = Field(default=(1, 2, 3, 4), min_length=1)
+    """Channel multiplier at each resolution, the finest first; SongUNet's default is 1, 2, 2, 2."""
+    channel_mult_emb: int = Field(default=4, gt=0)
+    """Channel multiplier of the embedding vector."""
+    num_blocks: int = Field(default=3, gt=0)
+    """Residual blocks at each resolution; SongUNet's default is 4."""
+    attn_resolutions: tuple[int, ...] = (32, 16, 8)
+    """Resolutions with self-attention; SongUNet's default is 16."""
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Probability that a feature is dropped inside a block while training."""
+    label_dropout: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Probability that a class label is dropped while training, for classifier-free guidance."""
+
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    """SongUNet only. Embedding of the noise level: positional for DDPM++, fourier for NCSN++."""
+    channel_mult_noise: int = Field(default=1, gt=0)
+    """SongUNet only. Channel multiplier of the noise embedding: 1 for DDPM++, 2 for NCSN++."""
+    encoder_type: Literal["standard", "skip", "residual"] = "standard"
+    """SongUNet only. How the shrunk input enters the encoder: standard for DDPM++, residual for NCSN++."""
+    decoder_type: Literal["standard", "skip"] = "standard"
+    """SongUNet only. Output at the finest resolution, or summed over all of them (skip)."""
+    resample_filter: tuple[int, ...] = Field(default=(1, 1), min_length=2)
+    """SongUNet only. Taps of the resampling filter: 1, 1 for DDPM++; 1, 3, 3, 1 for NCSN++."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_song_defaults(cls, values: object) -> object:
+        if isinstance(values, Mapping) and values.get("model_type") == "SongUNet":
+            return {**_SONG_DEFAULTS, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Config:
+        fields = type(self).model_fields
+        if self.model_type == "DhariwalUNet":
+            foreign = sorted(n for n in _SONG_ONLY if getattr(self, n) != fields[n].default)
+            if foreign:
+                raise ValueError(
+                    f"{', '.join(foreign)}: only for SongUNet; remove or change model_type"
+                )
+        coarsest = 1 << (len(self.channel_mult) - 1)
+        if self.img_resolution % coarsest:
+            raise ValueError(
+                f"img_resolution {self.img_resolution} is not a multiple of {coarsest}, "
+                f"which {len(self.channel_mult)} entries of channel_mult need"
+            )
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
+        return self
+
+
+class EDMDenoiser(nn.Module):
+    """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise) (EDM, Eq. 7). A `core.protocols.Denoiser`."""
+
+    def __init__(self, network: nn.Module, config: Config) -> None:
+        super().__init__()
+        self.image_shape = (config.img_channels, config.img_resolution, config.img_resolution)
+        self.num_classes = config.label_dim
+        self.augment_dim = config.augment_dim
+        self.sigma_min = config.sigma_min or _SAMPLED_SIGMA_MIN
+        self.sigma_max = config.sigma_max if math.isfinite(config.sigma_max) else _SAMPLED_SIGMA_MAX
+        self.sigma_data = config.sigma_data
+        self.model = network
+
+    def forward(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None = None,
+        *,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return E[x | noisy] [N, C, H, W] float32 for noisy = x + sigma n.
+
+        noisy: [N, C, H, W]. sigma: [N], pixel units. labels: [N] int64; None is the zero vector as published,
+        that is, no class. augment_labels: [N, augment_dim]; None is no augmentation.
+        Raises ValueError where a shape does not fit.
+        """
+        self._check_shapes(noisy, sigma, labels, augment_labels)
+        noisy, sigma = noisy.float(), sigma.float()
+        level = sigma[:, None, None, None]
+        variance = level.square() + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = level * self.sigma_data * variance.rsqrt()
+        c_in = variance.rsqrt()
+        c_noise = sigma.log() / 4
+        residual = self.model(c_in * noisy, c_noise, self._one_hot(noisy, labels), augment_labels)
+        return c_skip * noisy + c_out * residual.float()
+
+    def _one_hot(self, noisy: Tensor, labels: Tensor | None) -> Tensor | None:
+        if self.num_classes == 0:
+            return None
+        if labels is None:
+            return noisy.new_zeros(len(noisy), self.num_classes)
+        return F.one_hot(labels.long(), self.num_classes).to(noisy.dtype)
+
+    def _check_shapes(
+        self, noisy: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None
+    ) -> None:
+        count = len(noisy)
+        _check_shape("noisy", noisy, (count, *self.image_shape))
+        _check_shape("sigma", sigma, (count,))
+        if labels is not None:
+            if self.num_classes == 0:
+                raise ValueError("labels given to an unconditional denoiser; pass labels=None")
+            _check_shape("labels", labels, (count,))
+        if augment_labels is not None:
+            if self.augment_dim == 0:
+                raise ValueError(
+                    "augment_labels given to a denoiser without augment_dim; pass None"
+                )
+            _check_shape("augment_labels", augment_labels, (count, self.augment_dim))
+
+
+def build(config: Config) -> EDMDenoiser:
+    """Return a denoiser with freshly initialised weights."""
+    common = {
+        "label_dropout",
+        "img_resolution",
+        "img_channels",
+        "label_dim",
+        "augment_dim",
+        "dropout",
+    }
+    common |= {
+        "model_channels",
+        "channel_mult",
+        "channel_mult_emb",
+        "num_blocks",
+        "attn_resolutions",
+    }
+    if config.model_type == "SongUNet":
+        network = SongUNet(**config.model_dump(include=common | _SONG_ONLY))
+    else:
+        network = DhariwalUNet(**config.model_dump(include=common))
+    return EDMDenoiser(network, config)
+
+
+def from_record(class_name: str, arguments: Mapping[str, object]) -> Config | None:
+    """Return the Config of a published pickle's network, or None where it is not an EDM network.
+
+    Raises UserError where the class is EDM's but its arguments are not.
+    """
+    if class_name != "EDMPrecond":
+        return None
+    kept = {name: value for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS}
+    try:
+        return Config.model_validate(kept)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors()
+        )
+        raise UserError(
+            f"EDMPrecond network with arguments that EDM's constructor does not take: {problems}"
+        ) from error
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}")
