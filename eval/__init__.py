@@ -1,0 +1,1 @@
+"""Measuring: images from seeds, feature extractors, Fréchet distances, reference statistics, reports."""
