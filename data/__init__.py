@@ -1,1 +1,1 @@
-"""Real images, which only reference statistics need: no gradient of this project comes from them."""
+"""Real images, which only reference statistics need: no gradient here comes from them."""

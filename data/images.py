@@ -1,9 +1,10 @@
-"""Images of a zip or folder in the layout that StyleGAN and EDM use: PNG or JPEG files and, maybe, a dataset.json.
+"""Images of a zip or folder in the layout that StyleGAN and EDM use.
 
-    00000/img00000000.png …            any names, any depth; read in sorted order
-    dataset.json                       {"labels": [["00000/img00000000.png", 9], …]}, or "labels": null
+    00000/img00000000.png …   PNG or JPEG; any names, any depth; read in sorted order
+    dataset.json              maybe: {"labels": [["00000/img00000000.png", 9], …]}
 
-All images of a set have one size and one number of channels (1 or 3). Nothing is resized, padded or recoloured here.
+All images of a set have one size and one number of channels (1 or 3). Nothing is resized,
+padded or recoloured here.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class Images(Dataset[Tensor]):
 
     @cached_property
     def sha256(self) -> str:
-        """Return a hash of names, labels and file bytes in sorted order: a zip and its folder have the same one."""
+        """Return a hash of names, labels and file bytes in sorted order.
+
+        A zip and the folder it was made of have the same one.
+        """
         digest = hashlib.sha256()
         for index, name in enumerate(self.names):
             label = "" if self.labels is None else int(self.labels[index])
@@ -87,7 +91,7 @@ class Images(Dataset[Tensor]):
             raise UserError(f"{self.path}: {name} is not a readable image: {error}") from error
         if picture.mode not in _MODES or "transparency" in picture.info:
             raise UserError(
-                f"{self.path}: {name} has pixels of kind {picture.mode!r}, perhaps with transparency; "
+                f"{self.path}: {name} has pixels of kind {picture.mode!r}, maybe transparent; "
                 "expected 8-bit grey or RGB: convert it first"
             )
         pixels = np.array(picture.convert(_MODES[picture.mode]))
@@ -109,7 +113,7 @@ class _Folder:
 
 
 class _Zip:
-    """The files of a zip, opened once a process: worker processes must not share one file position."""
+    """The files of a zip, opened once a process: workers must not share one file position."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -162,7 +166,8 @@ def _read_labels(files: _Folder | _Zip, names: list[str], path: Path) -> Tensor 
         label_of = None if pairs is None else dict(pairs)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{path}: {_LABELS_FILE} must be {{"labels": [["name", 3], …]}} or {{"labels": null}}: {error!r}'
+            f'{path}: {_LABELS_FILE} must be {{"labels": [["name", 3], …]}} or '
+            f'{{"labels": null}}, but: {error!r}'
         ) from error
     if label_of is None:
         return None
@@ -170,7 +175,8 @@ def _read_labels(files: _Folder | _Zip, names: list[str], path: Path) -> Tensor 
         label = label_of.get(name)
         if type(label) is not int or label < 0:
             raise UserError(
-                f"{path}: {_LABELS_FILE} gives {name} the label {label!r}; expected a number from 0 up"
+                f"{path}: {_LABELS_FILE} gives {name} the label {label!r}; "
+                "expected a whole number from 0 up"
             )
     return torch.tensor([label_of[name] for name in names], dtype=torch.int64)
 

@@ -1,1 +1,1 @@
-"""Measuring: images from seeds, feature extractors, Fréchet distances, reference statistics, reports."""
+"""Measuring: images from seeds, features, Fréchet distances, references and reports."""

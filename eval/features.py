@@ -1,12 +1,13 @@
 """Feature extractors: images to vectors, whose means and covariances a Fréchet distance compares.
 
-    inception              Inception v3 with the original FID weights, 2048 features (through torch-fidelity)
+    inception              Inception v3 with the original FID weights, 2048 features
     inception:WEIGHTS.pth  the same from a local file
     mnist32                the digit classifier of the embedded default, 64 features
     NET.safetensors        any classifier of the family below
     pixels                 the pixels themselves, for tutorials and tests: no network at all
 
-Distances of different extractors have nothing to do with each other, so an extractor carries its name and hash everywhere.
+Distances of different extractors have nothing to do with each other, so an extractor carries its
+name and hash everywhere. Inception itself is torch-fidelity's.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from core import weights
-from core.config import Section
+from core.config import Section, validate
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
 
-INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _MNIST32 = Path(__file__).resolve().parents[1] / "assets" / "mnist32" / "features.safetensors"
 _MOST_PIXELS = 8192
@@ -44,9 +49,9 @@ class Extractor:
     function: Callable[[Tensor], Tensor]
     """uint8 [N, C, H, W] on the device -> [N, D]."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return features [N, D] float32 on the extractor's device for images uint8 [N, C, H, W]."""
+        """Return features [N, D] float32, on its device, for images uint8 [N, C, H, W]."""
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
                 f"images must be uint8 [N, C, H, W], got {images.dtype} {tuple(images.shape)}"
@@ -64,35 +69,33 @@ def load(name: str, device: torch.device | str = "cpu") -> Extractor:
     if name == "mnist32":
         return _classifier(name, _MNIST32, device)
     if name.endswith(".safetensors"):
-        return _classifier(Path(name).stem, local_file(name), device)
+        return _classifier(Path(name).name, local_file(name), device)
     raise UserError(
-        f"no feature extractor {name!r}: expected inception, inception:WEIGHTS.pth, mnist32, pixels, "
-        "or the path of a classifier's .safetensors file"
+        f"no feature extractor {name!r}: expected inception, inception:WEIGHTS.pth, mnist32, "
+        "pixels, or the path of a classifier's .safetensors file"
     )
 
 
 class Config(Section):
     """Shape of a classifier."""
 
-    image_channels: int = 1
+    image_channels: int = Field(1, ge=1)
     """Channels of an image."""
-    resolution: int = 32
+    resolution: int = Field(32, ge=8, multiple_of=8)
     """Width and height of an image in pixels, a multiple of 8."""
-    width: int = 16
-    """Channels at full resolution; they double at each of three halvings up to four times as many."""
-    num_classes: int = 10
+    width: int = Field(16, ge=1)
+    """Channels after the first convolution; later layers have up to four times as many."""
+    num_classes: int = Field(10, ge=2)
     """Classes it tells apart."""
-    feature_dim: int = 64
+    feature_dim: int = Field(64, ge=1)
     """Size of the penultimate layer, whose activations are the features."""
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier, fast on a CPU; its penultimate activations are the features."""
+    """A small convolutional classifier, fast on a CPU; its last hidden layer is the features."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.resolution % 8:
-            raise ValueError(f"resolution must be a multiple of 8, got {config.resolution}")
         self.config = config
         width, side = config.width, config.resolution // 8
         self.stem = _convolution(config.image_channels, width, stride=2)
@@ -108,7 +111,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(config.feature_dim, config.num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the penultimate activations [N, feature_dim] for images [N, C, H, W] float32 in [-1, 1]."""
+        """Return the last hidden layer [N, feature_dim] for images [N, C, H, W] in [-1, 1]."""
         return self.embedding(self.body(self.stem(images)).flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -132,12 +135,14 @@ def save_classifier(
 def read_classifier(path: str | Path) -> Classifier:
     """Return the classifier of a weights file, in eval mode and without gradients."""
     stored = weights.read(path)
-    if stored.family != "classifier":
-        raise UserError(
-            f"{path} holds a network of family {stored.family!r}; a feature extractor needs 'classifier'"
-        )
-    classifier = Classifier(Config(**stored.config))
-    classifier.load_state_dict(stored.tensors)
+    if not isinstance(stored, weights.SavedNetwork) or stored.family != "classifier":
+        found = getattr(stored, "family", "a pickle of generators or denoisers")
+        raise UserError(f"{path} holds {found}; a feature extractor needs the family classifier")
+    classifier = Classifier(validate(Config, stored.config, source=str(path)))
+    try:
+        classifier.load_state_dict(stored.tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the classifier that it describes: {error}") from error
     return classifier.eval().requires_grad_(False)
 
 
@@ -157,7 +162,8 @@ def _classifier(name: str, path: Path, device: torch.device) -> Extractor:
     def function(images: Tensor) -> Tensor:
         if tuple(images.shape[1:]) != expected:
             raise UserError(
-                f"the extractor {name} was made for images {expected}, got {tuple(images.shape[1:])}"
+                f"the extractor {name} was made for images {expected}, "
+                f"got {tuple(images.shape[1:])}"
             )
         return classifier.features(_to_unit_range(images))
 
@@ -169,8 +175,8 @@ def _pixels(device: torch.device) -> Extractor:
         flat = _to_unit_range(images).flatten(1)
         if flat.shape[1] > _MOST_PIXELS:
             raise UserError(
-                f"the extractor pixels compares at most {_MOST_PIXELS} values an image, these have {flat.shape[1]}: "
-                "use inception"
+                f"the extractor pixels compares at most {_MOST_PIXELS} values an image, "
+                f"these have {flat.shape[1]}: use inception"
             )
         return flat
 
@@ -184,22 +190,33 @@ def _inception(path: str, device: torch.device) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     file = local_file(path) if path else local_file(INCEPTION_URL, sha256=INCEPTION_SHA256)
-    network = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=_as_plain_tensors(file)
-    ).to(device)
+    weights_copy = _as_plain_tensors(file)
+    try:
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights_copy
+        ).to(device)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} does not hold the weights of Inception v3") from error
 
     def function(images: Tensor) -> Tensor:
         return network(images.expand(-1, 3, -1, -1).contiguous())[0]
 
-    return Extractor("inception", sha256_of(file), 2048, device, function)
+    sha256 = sha256_of(file)
+    name = "inception" if sha256 == INCEPTION_SHA256 else f"inception:{file.name}"
+    return Extractor(name, sha256, 2048, device, function)
 
 
 def _as_plain_tensors(path: Path) -> io.BytesIO:
-    """Return the weights written again by us: torch-fidelity unpickles whatever it is given, so it gets only this."""
+    """Return the weights written again by us.
+
+    torch-fidelity unpickles whatever file it is given, so it gets only this.
+    """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path} is not a file of Inception weights: {error}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, UnpicklingError) as error:
+        raise UserError(
+            f"{path} is not a file of plain tensors, as Inception weights are"
+        ) from error
     copy = io.BytesIO()
     torch.save(tensors, copy)
     copy.seek(0)

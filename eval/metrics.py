@@ -1,8 +1,8 @@
-"""Numbers from features: streaming means and covariances, and the Fréchet distance between two of them (FID).
+"""Numbers from features: streaming means and covariances, and their Fréchet distance (FID).
 
-Features come in batches and are never kept: count, mean and scatter matrix are, in float64, combined by the pairwise
-formula of Chan, Golub and LeVeque (1979), which is stable and lets ranks measure apart and merge. The
-distance is that of Heusel et al. (NeurIPS 2017, Eq. 6), equal to torch-fidelity's.
+Features come in batches and are never kept: count, mean and scatter matrix are, in float64,
+combined by the pairwise formula of Chan, Golub and LeVeque (1979), which is stable and lets ranks
+measure apart and merge. The distance is that of Heusel et al. (NeurIPS 2017, Eq. 6).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Moments(Protocol):
-    """Anything with a mean and a covariance: our own statistics, or published ones read from a file."""
+    """Anything with a mean and a covariance: our own statistics, or published ones."""
 
     @property
     def mean(self) -> Tensor:
@@ -80,10 +80,10 @@ class FeatureStatistics:
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared Fréchet distance of two Gaussians.
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID, where the features are Inception's.
 
-    S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), so the trace of its root is a sum of real
-    square roots and no general matrix root is needed (Heusel et al. 2017, Eq. 6).
+    S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), so the trace of its root is a
+    sum of real square roots and no general matrix root is needed (Heusel et al. 2017, Eq. 6).
     """
     mean_1, covariance_1 = first.mean.cpu(), first.covariance.cpu()
     mean_2, covariance_2 = second.mean.cpu(), second.covariance.cpu()
@@ -110,7 +110,7 @@ class MetricResult:
 
     @property
     def std(self) -> float:
-        """Return the sample standard deviation over seeds (n - 1); 0 for one value, which says nothing."""
+        """Return the sample standard deviation over seeds (n - 1); 0 for a single value."""
         return _statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     @classmethod
