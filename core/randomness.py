@@ -1,9 +1,9 @@
-"""Random numbers as a function of (seed, purpose, images_seen, global sample index), with no state to save.
+"""Random numbers as a function of (seed, purpose, images_seen, global sample index), not a state.
 
-The words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written in
-integer tensor arithmetic: the same bits on every device, for any batch size and any number of ranks. Normals are
-Box-Muller in float64, so that rounding to float32 hides what little the devices' logarithms disagree about.
-Left out: any generator object. `torch.manual_seed` has no influence here.
+The words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011), written in integer tensor arithmetic: the same bits on every device, for any batch size and
+any number of ranks. Normals are Box-Muller in float64, so that rounding to float32 hides what little
+the devices' logarithms disagree about. `torch.manual_seed` has no influence here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of `count` consecutive samples. The same call gives the same numbers, whenever it comes."""
+    """The random numbers of `count` consecutive samples: the same call gives the same numbers."""
 
     seed: int
     images_seen: int
@@ -32,6 +32,8 @@ class Draws:
     """Global index of the first sample, counted over all ranks and micro-batches of this update."""
     count: int
     device: torch.device
+    scope: str = ""
+    """What the purposes belong to, such as a phase; the same purpose differs from scope to scope."""
 
     def __post_init__(self) -> None:
         assert self.count >= 0 and 0 <= self.first <= _WORD + 1 - self.count, (
@@ -55,19 +57,23 @@ class Draws:
         return self._shaped((words >> 8).to(torch.float32).mul_(2**-24), shape)
 
     def integers(self, purpose: str, high: int, shape: tuple[int, ...] = ()) -> Tensor:
-        """Return integers in [0, high), [count, *shape] int64; high is at most 2^31, the bias below high / 2^32."""
+        """Return integers in [0, high), [count, *shape] int64; high <= 2^31, bias < high / 2^32."""
         assert 1 <= high <= 2**31, high
         words = self._words(purpose, math.prod(shape))
         return self._shaped(words.mul_(high) >> 32, shape)
 
+    def scoped(self, scope: str) -> Draws:
+        """Return the draws of the same samples in another scope."""
+        return replace(self, scope=scope)
+
     def part(self, start: int, stop: int) -> Draws:
-        """Return the draws of samples start..stop-1 of these: rows [start:stop] of everything drawn here."""
+        """Return the draws of samples start..stop-1: rows [start:stop] of all that is drawn here."""
         assert 0 <= start <= stop <= self.count, (start, stop, self.count)
         return replace(self, first=self.first + start, count=stop - start)
 
     def _words(self, purpose: str, numbers: int) -> Tensor:
         """Return enough 32-bit words for that many numbers a sample, [count, 4, blocks] int64."""
-        name = f"{self.seed}/{self.images_seen}/{purpose}".encode()
+        name = f"{self.seed}/{self.images_seen}/{self.scope}/{purpose}".encode()
         digest = hashlib.blake2b(name, digest_size=16).digest()
         key0, key1, high0, high1 = (
             int.from_bytes(digest[i : i + 4], "little") for i in (0, 4, 8, 12)
@@ -87,10 +93,10 @@ class Draws:
 def philox(
     word0: Tensor, word1: Tensor, word2: Tensor, word3: Tensor, *, key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return Philox4x32-10 of a counter of four words: four int64 tensors of 32-bit words, of one common shape.
+    """Return Philox4x32-10 of a counter: four int64 tensors of 32-bit words, of one shape.
 
-    Words are int64 tensors in [0, 2^32) that broadcast; a product wraps modulo 2^64 and keeps all its bits.
-    The odd words are masked only at the end: what lies above their 32 bits never reaches a product.
+    Words are int64 tensors in [0, 2^32) that broadcast; a product wraps modulo 2^64, losing no bit.
+    The odd words are masked only at the end: what lies above their 32 bits reaches no product.
     """
     key0, key1 = key
     for _ in range(_ROUNDS):

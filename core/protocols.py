@@ -1,0 +1,100 @@
+"""The words of the project as types: what a student, a denoiser, a phase and an objective are.
+
+Everything here is a seam between folders. No behaviour lives here, and nothing inherits from it for reuse:
+a class is a `Student` because it has the members, not because it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from core.randomness import Draws
+
+
+class Student(Protocol):
+    """Any one-step generator, an nn.Module. In eval mode a deterministic function of its arguments."""
+
+    latent_shape: tuple[int, ...]
+    """Shape of one latent, always unit normal."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W)"""
+    num_classes: int
+    """0 = unconditional."""
+
+    def __call__(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return images [N, C, H, W] float32, about [-1, 1], for latents [N, *latent_shape], labels [N] int64."""
+        ...
+
+
+class Denoiser(Protocol):
+    """A preconditioned diffusion network, an nn.Module: the teacher and the score network are the same kind."""
+
+    image_shape: tuple[int, int, int]
+    """(C, H, W)"""
+    num_classes: int
+    """0 = unconditional."""
+    sigma_min: float
+    """Smallest noise level it was made for, in pixel units."""
+    sigma_max: float
+    """Largest noise level it was made for, in pixel units."""
+
+    def __call__(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return E[x | noisy] [N, C, H, W] float32 for noisy = x + sigma n, sigma [N], labels [N] int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The three networks of a run. The teacher is frozen and in eval mode, always."""
+
+    student: nn.Module
+    score: nn.Module
+    teacher: nn.Module
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: what the student is fed, and the random numbers that belong to these samples."""
+
+    latents: Tensor
+    """[N, *latent_shape] float32, unit normal."""
+    labels: Tensor | None
+    """[N] int64, or None where the student is unconditional."""
+    draws: Draws
+    """Every other random number of these samples, by purpose."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss before averaging: the loop alone averages over images and scales."""
+
+    per_image: Tensor
+    """[N] float32, with graph."""
+    readings: Mapping[str, Tensor]
+    """Name -> 0-dim detached tensor, a mean over these images."""
+
+
+TrainedNetwork = Literal["student", "score"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of update: which network it trains, on which loss, how many times a round."""
+
+    name: str
+    trains: TrainedNetwork
+    loss: Callable[[Networks, Batch], LossOutput]
+    repeats: int = 1
+    starts_at: int = 0
+    """Images seen before which the phase is left out."""
+
+
+class Objective(Protocol):
+    """What a student learns from: a tuple of phases, run in this order each round."""
+
+    phases: tuple[Phase, ...]

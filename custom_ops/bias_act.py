@@ -1,0 +1,62 @@
+"""Bias, activation, gain and clamp in one operation (Karras et al., StyleGAN2-ADA), in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    """An activation function, and the slope and gain it has where the caller names none."""
+
+    function: Callable[[Tensor, float], Tensor]
+    alpha: float
+    gain: float
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "linear": Activation(lambda x, _: x, 0.0, 1.0),
+    "relu": Activation(lambda x, _: F.relu(x), 0.0, sqrt(2)),
+    "lrelu": Activation(F.leaky_relu, 0.2, sqrt(2)),
+    "tanh": Activation(lambda x, _: torch.tanh(x), 0.0, 1.0),
+    "sigmoid": Activation(lambda x, _: torch.sigmoid(x), 0.0, 1.0),
+    "elu": Activation(lambda x, _: F.elu(x), 0.0, 1.0),
+    "selu": Activation(lambda x, _: F.selu(x), 0.0, 1.0),
+    "softplus": Activation(lambda x, _: F.softplus(x), 0.0, 1.0),
+    "swish": Activation(lambda x, _: F.silu(x), 0.0, sqrt(2)),
+}
+
+
+def bias_act(
+    x: Tensor,
+    b: Tensor | None = None,
+    *,
+    dim: int = 1,
+    act: str = "linear",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
+) -> Tensor:
+    """Return clip(gain * act(x + b; alpha), -clamp, clamp), of the shape and dtype of x.
+
+    b: [x.shape[dim]], added along `dim`. `alpha` (the slope of `lrelu`) and `gain` default to the activation's
+    own: gain keeps unit variance, sqrt(2) for relu, lrelu and swish, else 1. `clamp=None` clips nothing.
+    Raises KeyError for an unknown activation and ValueError for a bias of the wrong length.
+    """
+    activation = ACTIVATIONS[act]
+    if b is not None:
+        if b.shape != (x.shape[dim],):
+            raise ValueError(
+                f"bias has shape {tuple(b.shape)}, dimension {dim} of x has {x.shape[dim]}"
+            )
+        x = x + b.reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
+    x = activation.function(x, activation.alpha if alpha is None else alpha)
+    gain = activation.gain if gain is None else gain
+    if gain != 1:
+        x = x * gain
+    return x if clamp is None else x.clamp(-clamp, clamp)

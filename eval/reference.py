@@ -1,0 +1,207 @@
+"""Reference statistics: the features of real images, from an image set or from a file.
+
+    images.zip, a folder   measured once and kept in the cache, by content and extractor
+    ours.npz               written by `save_npz`: mu, sigma and what they were measured on
+    published.npz          mu and sigma of 2048 Inception features, as EDM publishes them
+
+A source may be a URL. No image of it reaches a training step: references only measure.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from core.downloads import cache_path, local_file, sha256_of
+from core.errors import UserError
+from core.run_folder import atomic_write
+from data.images import Images
+from eval.features import Extractor
+from eval.metrics import FeatureStatistics
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The mean and covariance of real images' features, and where they come from."""
+
+    mean: Tensor
+    """[D] float64."""
+    covariance: Tensor
+    """[D, D] float64."""
+    source: str
+    """Name of the image set or file."""
+    sha256: str
+    """Hash of the images (`Images.sha256`), or of the file where only statistics were published."""
+    images: int | None
+    """How many images; None where a published file does not say."""
+    image_shape: tuple[int, int, int] | None
+    """(C, H, W) of the images; None where a published file does not say."""
+    extractor: str
+    """Name of the extractor."""
+    extractor_sha256: str | None
+    """Hash of the extractor's weights; None where a published file does not say."""
+
+
+def reference_statistics(
+    source: str | Path, extractor: Extractor, *, batch_size: int = 250, cache: Path | None = None
+) -> Reference:
+    """Return the reference of an image zip, image folder or .npz, given as a path or a URL.
+
+    cache: folder of kept references, by default `references` in the project's cache folder.
+    Raises UserError where the source cannot be read or does not fit the extractor.
+    """
+    path = local_file(source)
+    if path.suffix == ".npz":
+        return read_npz(path, extractor)
+    images = Images(path)
+    if len(images) < 2:
+        raise UserError(f"{path} holds one image: reference statistics need at least 2")
+    folder = cache_path("references").parent / "references" if cache is None else cache
+    kept = folder / f"{images.sha256[:24]}-{extractor.sha256[:24]}.npz"
+    if kept.exists():
+        return read_npz(kept, extractor)
+    reference = measure(images, extractor, batch_size=batch_size)
+    save_npz(kept, reference)
+    return reference
+
+
+def measure(images: Images, extractor: Extractor, *, batch_size: int = 250) -> Reference:
+    """Return the reference of an image set, from the features of all its images."""
+    _log.info("reading %d reference images of %s", len(images), images.path)
+    statistics: FeatureStatistics | None = None
+    for batch in DataLoader(images, batch_size=batch_size):
+        features = extractor(batch)
+        if statistics is None:
+            statistics = FeatureStatistics.of(features)
+        else:
+            statistics.update(features)
+    assert statistics is not None
+    return Reference(
+        mean=statistics.mean.cpu(),
+        covariance=statistics.covariance.cpu(),
+        source=images.path.name,
+        sha256=images.sha256,
+        images=len(images),
+        image_shape=images.image_shape,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+    )
+
+
+def save_npz(path: str | Path, reference: Reference) -> None:
+    """Write a reference: mu and sigma under their usual names, all else as JSON under `meta`."""
+    meta = {name: getattr(reference, name) for name in _META}
+    moments = {"mu": reference.mean.numpy(), "sigma": reference.covariance.numpy()}
+    with atomic_write(Path(path)) as partial:
+        np.savez_compressed(partial, **moments, meta=np.array(json.dumps(meta)))
+
+
+def read_npz(path: str | Path, extractor: Extractor) -> Reference:
+    """Return the reference of a .npz, ours or published, checked to fit the extractor."""
+    path = Path(path)
+    arrays = _read_arrays(path)
+    mean, covariance = _moments(path, arrays)
+    if "meta" in arrays:
+        meta = _read_meta(path, arrays["meta"])
+        _check_extractor(path, meta, extractor)
+    else:
+        meta = _published_meta(path, len(mean), extractor)
+    if extractor.dimensions not in (None, len(mean)):
+        raise UserError(
+            f"{path} holds {len(mean)} features an image, "
+            f"but the extractor {extractor.name} gives {extractor.dimensions}"
+        )
+    return Reference(mean, covariance, **meta)
+
+
+_META = ("source", "sha256", "images", "image_shape", "extractor", "extractor_sha256")
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {
+                name: archive[name] for name in archive.files if name in {"mu", "sigma", "meta"}
+            }
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is not a readable .npz of reference statistics: {error}"
+        ) from error
+
+
+def _moments(path: Path, arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Return mean [D] and covariance [D, D] in float64."""
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise UserError(f"{path} has no arrays 'mu' and 'sigma': it holds no reference statistics")
+    mean, covariance = arrays["mu"], arrays["sigma"]
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(
+            f"{path}: mu has shape {mean.shape} and sigma {covariance.shape}; "
+            "expected [D] and [D, D]"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path} holds numbers that are not finite")
+    return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(
+        covariance.astype(np.float64)
+    )
+
+
+def _read_meta(path: Path, array: np.ndarray) -> dict[str, object]:
+    """Return the fields of `Reference` beside the moments."""
+    try:
+        meta = json.loads(str(array))
+        meta = {name: meta[name] for name in _META}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: its 'meta' is not what this version writes ({error!r}); make the file again"
+        ) from error
+    if meta["image_shape"] is not None:
+        meta["image_shape"] = tuple(meta["image_shape"])
+    return meta
+
+
+def _check_extractor(path: Path, meta: dict[str, object], extractor: Extractor) -> None:
+    if meta["extractor_sha256"] is None:
+        fits = meta["extractor"] == extractor.name
+    else:
+        fits = meta["extractor_sha256"] == extractor.sha256
+    if fits:
+        return
+    raise UserError(
+        f"{path} holds features of the extractor {meta['extractor']} "
+        f"(weights {_short(meta['extractor_sha256'])}), but the images are measured with "
+        f"{extractor.name} ({_short(extractor.sha256)}): use one of the two for both"
+    )
+
+
+def _published_meta(path: Path, dimensions: int, extractor: Extractor) -> dict[str, object]:
+    """Return what is known of a file of moments alone: by convention they are Inception's."""
+    if extractor.name != "inception":
+        raise UserError(
+            f"{path} holds {dimensions} features an image of an unnamed extractor, by convention "
+            f"Inception's, but the images are measured with {extractor.name!r}: their "
+            "distance would mean nothing; set the extractor to inception, "
+            "or the reference to an image zip or folder"
+        )
+    return {
+        "source": path.name,
+        "sha256": sha256_of(path),
+        "images": None,
+        "image_shape": None,
+        "extractor": extractor.name,
+        "extractor_sha256": None,
+    }
+
+
+def _short(sha256: object) -> str:
+    return "unknown" if sha256 is None else str(sha256)[:12]

@@ -1,0 +1,248 @@
+"""Images from seeds, and what is measured on them.
+
+A seed stands for one image, whatever batch, rank or device makes it: its latent and label
+are the first draws of NumPy's RandomState(seed), the convention of the published StyleGAN programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from core.config import Section
+from core.distributed import World, gather_rows, shard
+from core.errors import UserError
+from eval.features import Extractor
+from eval.metrics import FeatureStatistics, MetricResult, Moments, frechet_distance
+
+
+class Config(Section):
+    """The `evaluation` section of a recipe."""
+
+    reference: str | None = None
+    """Real images (zip, folder) or statistics (.npz), path or URL; null: nothing is measured."""
+    extractor: str = "inception"
+    """What features the FID compares: inception, mnist32, pixels or a classifier's weights file."""
+    images: int = Field(50_000, ge=2)
+    """Generated images a measurement, before and after."""
+    seeds: int = Field(1, ge=1)
+    """Measurements before and after, each on images of its own: they give mean and spread."""
+    batch_size: int = Field(250, ge=1)
+    """Images generated at a time."""
+    every_kimg: float = Field(0.0, ge=0)
+    """Thousands of images between measurements while training; 0 measures only before and after."""
+    images_while_training: int = Field(5_000, ge=2)
+    """Generated images of a measurement while training."""
+    pairs: int = Field(16, ge=1)
+    """Pairs of images, before and after from one latent, in the report's picture."""
+
+
+class Inputs(NamedTuple):
+    """What a student is fed."""
+
+    latents: Tensor
+    """[N, *latent_shape] float32."""
+    labels: Tensor | None
+    """[N] int64, None where there are no classes."""
+
+
+def latents_and_labels(
+    seeds: Sequence[int], *, latent_shape: tuple[int, ...], num_classes: int
+) -> Inputs:
+    """Return the inputs of these seeds: of each stream unit normals, then a uniform label."""
+    latents = np.empty((len(seeds), *latent_shape), dtype=np.float32)
+    labels = np.zeros(len(seeds), dtype=np.int64)
+    for row, seed in enumerate(seeds):
+        stream = np.random.RandomState(seed)
+        latents[row] = stream.standard_normal(latent_shape)
+        if num_classes:
+            labels[row] = stream.randint(num_classes)
+    return Inputs(torch.from_numpy(latents), torch.from_numpy(labels) if num_classes else None)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return uint8 images for floats of about [-1, 1]: 127.5 x + 128, clipped, fraction dropped."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def student_images(
+    student: nn.Module, *, device: torch.device | str
+) -> Callable[[Sequence[int]], Tensor]:
+    """Return a function from seeds to the student's images, uint8 [n, C, H, W] on the device.
+
+    The student runs in eval mode without gradients; afterwards every module's mode is as before.
+    """
+
+    def images_of(seeds: Sequence[int]) -> Tensor:
+        latents, labels = latents_and_labels(
+            seeds, latent_shape=student.latent_shape, num_classes=student.num_classes
+        )
+        with _evaluating(student):
+            labels = None if labels is None else labels.to(device)
+            return to_uint8(student(latents.to(device), labels))
+
+    return images_of
+
+
+def generate(
+    student: nn.Module, seeds: Sequence[int], *, batch_size: int, device: torch.device | str
+) -> Iterator[Tensor]:
+    """Yield the student's images of these seeds in order, uint8 [n, C, H, W] on the device."""
+    images_of = student_images(student, device=device)
+    for batch in _batches(seeds, batch_size):
+        yield images_of(batch)
+
+
+def generated_statistics(
+    images_of: Callable[[Sequence[int]], Tensor],
+    seeds: Sequence[int],
+    extractor: Extractor,
+    *,
+    batch_size: int,
+    world: World | None = None,
+) -> FeatureStatistics:
+    """Return the statistics, on the CPU, of these seeds' images, the work shared by all ranks.
+
+    images_of: seeds -> uint8 [n, C, H, W], from a student or anything else. Every rank gets the
+    same result; the number of ranks and the batch size change it by rounding only.
+    """
+    world = world or World(rank=0, size=1, local_rank=0, device=extractor.device)
+    if len(seeds) < world.size:
+        raise UserError(f"{len(seeds)} images are fewer than {world.size} ranks: measure on more")
+    share = shard(len(seeds), world)
+    statistics: FeatureStatistics | None = None
+    for batch in _batches(seeds[share.start : share.stop], batch_size):
+        features = extractor(images_of(batch))
+        if statistics is None:
+            statistics = FeatureStatistics.of(features)
+        else:
+            statistics.update(features)
+    assert statistics is not None
+    return _merged_over_ranks(statistics, world)
+
+
+def fid_over_seeds(
+    student: nn.Module,
+    extractor: Extractor,
+    reference: Moments,
+    *,
+    images: int,
+    seeds: int = 3,
+    batch_size: int = 250,
+    first_seed: int = 0,
+    world: World | None = None,
+) -> MetricResult:
+    """Return the student's Fréchet distance to the reference, on `seeds` disjoint sets of images.
+
+    Set k holds the images of seeds first_seed + k * images and following.
+    """
+    images_of = student_images(student, device=extractor.device)
+    distances = []
+    for start in range(first_seed, first_seed + seeds * images, images):
+        statistics = generated_statistics(
+            images_of,
+            range(start, start + images),
+            extractor,
+            batch_size=batch_size,
+            world=world,
+        )
+        distances.append(frechet_distance(statistics, reference))
+    return MetricResult.of(distances)
+
+
+class Pairs(NamedTuple):
+    """Images of one student before and after, from the same seeds."""
+
+    seeds: tuple[int, ...]
+    before: Tensor
+    """[N, C, H, W] uint8, on the CPU."""
+    after: Tensor
+    """[N, C, H, W] uint8, on the CPU."""
+    labels: tuple[int, ...] | None
+    """Class of each pair, None where there are no classes."""
+
+
+def pairs(
+    before: nn.Module,
+    after: nn.Module,
+    *,
+    count: int,
+    device: torch.device | str,
+    first_seed: int = 0,
+) -> Pairs:
+    """Return pairs of two versions of a student; their classes, if any, count up."""
+    seeds = pair_seeds(
+        count,
+        latent_shape=before.latent_shape,
+        num_classes=before.num_classes,
+        first_seed=first_seed,
+    )
+    labels = latents_and_labels(
+        seeds, latent_shape=before.latent_shape, num_classes=before.num_classes
+    ).labels
+    return Pairs(
+        tuple(seeds),
+        student_images(before, device=device)(seeds).cpu(),
+        student_images(after, device=device)(seeds).cpu(),
+        None if labels is None else tuple(labels.tolist()),
+    )
+
+
+def pair_seeds(
+    count: int, *, latent_shape: tuple[int, ...], num_classes: int, first_seed: int = 0
+) -> list[int]:
+    """Return a picture's seeds: pair k shows class k modulo num_classes, lowest seeds first."""
+    if not num_classes:
+        return list(range(first_seed, first_seed + count))
+    wanted = [index % num_classes for index in range(count)]
+    found: dict[int, list[int]] = {label: [] for label in wanted}
+    missing = count
+    seed = first_seed
+    while missing:
+        labels = latents_and_labels(
+            [seed], latent_shape=latent_shape, num_classes=num_classes
+        ).labels
+        assert labels is not None
+        label = int(labels[0])
+        if len(found.get(label, ())) < wanted.count(label):
+            found[label].append(seed)
+            missing -= 1
+        seed += 1
+    return [found[label].pop(0) for label in wanted]
+
+
+def _batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(seeds), batch_size):
+        yield seeds[start : start + batch_size]
+
+
+def _merged_over_ranks(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
+    """Return the statistics of all ranks together, merged in the order of ranks, on the CPU."""
+    dimensions = len(statistics.mean)
+    count = statistics.mean.new_tensor([statistics.count])
+    row = torch.cat([count, statistics.mean, statistics.scatter.flatten()])
+    merged = FeatureStatistics.empty(dimensions)
+    for other in gather_rows(row[None].to(world.device), world).cpu():
+        count, mean, scatter = other.split([1, dimensions, dimensions**2])
+        part = FeatureStatistics(int(count), mean, scatter.view(dimensions, dimensions))
+        merged = merged.merge(part)
+    return merged
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Run the body without gradients, in eval mode; then restore each module's mode."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,109 @@
+"""Layers that the StyleGAN families share: the mapping network and equalised-learning-rate layers.
+
+StyleGAN2 (Karras et al., CVPR 2020). Parameter and buffer names are those of the published networks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import UserError
+from custom_ops.bias_act import bias_act
+
+
+class FullyConnected(nn.Module):
+    """x -> act(W x / sqrt(in) * m + b * m) with learning-rate multiplier m; [N, in] -> [N, out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        act: str = "linear",
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.act = act
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full([out_features], bias_init / lr_multiplier))
+        self.weight_gain = lr_multiplier / in_features**0.5
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.bias_gain == 1 else self.bias * self.bias_gain
+        if self.act == "linear":
+            return torch.addmm(bias, x, self.weight.t(), alpha=self.weight_gain)
+        return bias_act(F.linear(x, self.weight * self.weight_gain), bias, act=self.act)
+
+
+def unit_second_moment(x: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Return x scaled so that the mean of its squares over the last dimension is 1."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+class Mapping(nn.Module):
+    """Latents and labels to intermediate latents: [N, z_dim], [N] -> [N, num_ws, w_dim]."""
+
+    def __init__(
+        self,
+        *,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        num_ws: int,
+        num_layers: int = 8,
+        embed_features: int | None = None,
+        layer_features: int | None = None,
+        activation: str = "lrelu",
+        lr_multiplier: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.c_dim, self.num_ws, self.num_layers = c_dim, num_ws, num_layers
+        embedded = 0 if c_dim == 0 else (embed_features or w_dim)
+        hidden = [layer_features or w_dim] * (num_layers - 1)
+        widths = [z_dim + embedded, *hidden, w_dim]
+        if c_dim > 0:
+            self.embed = FullyConnected(c_dim, embedded)
+        for index in range(num_layers):
+            layer = FullyConnected(
+                widths[index], widths[index + 1], act=activation, lr_multiplier=lr_multiplier
+            )
+            setattr(self, f"fc{index}", layer)
+        self.register_buffer("w_avg", torch.zeros(w_dim))
+        self.w_avg: Tensor
+
+    def forward(
+        self,
+        latents: Tensor,
+        labels: Tensor | None = None,
+        *,
+        truncation: float = 1.0,
+        truncated_ws: int | None = None,
+    ) -> Tensor:
+        """Return w [N, num_ws, w_dim]: w_avg + truncation * (w - w_avg) in the first `truncated_ws` of them."""
+        w = self.one(latents, labels)
+        ws = w[:, None].expand(-1, self.num_ws, -1)
+        if truncation == 1:
+            return ws
+        truncated = self.w_avg.lerp(ws, truncation)
+        cut = self.num_ws if truncated_ws is None else truncated_ws
+        return torch.cat([truncated[:, :cut], ws[:, cut:]], dim=1)
+
+    def one(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the intermediate latent [N, w_dim], before it is repeated for each layer."""
+        x = unit_second_moment(latents.float())
+        if self.c_dim > 0:
+            x = torch.cat([x, unit_second_moment(self.embed(self._one_hot(labels)))], dim=1)
+        for index in range(self.num_layers):
+            x = getattr(self, f"fc{index}")(x)
+        return x
+
+    def _one_hot(self, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise UserError(
+                f"the student is conditional: labels in 0..{self.c_dim - 1} are needed, got none"
+            )
+        return F.one_hot(labels, self.c_dim).to(self.w_avg.dtype)

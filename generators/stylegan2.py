@@ -1,0 +1,310 @@
+"""The StyleGAN2 generator as a student (Karras et al., CVPR 2020; with StyleGAN2-ADA, NeurIPS 2020).
+
+All published architectures (skip, resnet, orig), conditional or not. Parameter and buffer names are those of
+the published networks, so their weights load with strict=True. Everything runs in float32; the published
+float16 blocks (`num_fp16_res`) are read and run in float32, which is what they approximate.
+
+Modulated convolution never copies weights per sample. With s the style and d the demodulation,
+    y[n, o] = d[n, o] * conv(s[n] * x[n], W)[o],  d[n, o]^-2 = sum_i s[n, i]^2 sum_k W[o, i, k]^2,
+so the one weight tensor serves the whole batch in one convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingOf
+from math import log2
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from core.config import Section
+from custom_ops.bias_act import ACTIVATIONS, bias_act
+from custom_ops.upfirdn2d import fir_filter, upfirdn2d
+from generators._layers import FullyConnected, Mapping
+
+NoiseMode = Literal["const", "random", "none"]
+
+
+class MappingConfig(Section):
+    """The mapping network."""
+
+    num_layers: int = Field(8, ge=1)
+    """Fully connected layers."""
+    embed_features: int | None = None
+    """Width of the label embedding; null: w_dim."""
+    layer_features: int | None = None
+    """Width of the hidden layers; null: w_dim."""
+    activation: str = "lrelu"
+    """Activation of every layer."""
+    lr_multiplier: float = 0.01
+    """Learning-rate multiplier of every layer."""
+
+
+class Config(Section):
+    """Shape of a StyleGAN2 generator, in the published argument names."""
+
+    z_dim: int = Field(512, ge=1)
+    """Length of a latent."""
+    c_dim: int = Field(0, ge=0)
+    """Classes; 0 = unconditional."""
+    w_dim: int = Field(512, ge=1)
+    """Length of an intermediate latent."""
+    img_resolution: int = Field(..., ge=4)
+    """Height and width of an image, a power of two."""
+    img_channels: int = Field(..., ge=1)
+    """Channels of an image."""
+    mapping: MappingConfig = MappingConfig()
+    """The mapping network."""
+    channel_base: int = Field(32768, ge=1)
+    """Channels times resolution, up to channel_max."""
+    channel_max: int = Field(512, ge=1)
+    """Most channels in a layer."""
+    architecture: Literal["orig", "skip", "resnet"] = "skip"
+    """How blocks pass on their result."""
+    resample_filter: tuple[float, ...] = (1, 3, 3, 1)
+    """Taps of the low-pass filter used when upsampling."""
+    conv_clamp: float | None = None
+    """Clip the activations of every convolution to this magnitude; null: never."""
+    use_noise: bool = True
+    """Per-layer noise inputs."""
+    activation: str = "lrelu"
+    """Activation of every convolution."""
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> Config:
+        if self.img_resolution & (self.img_resolution - 1):
+            raise ValueError(f"img_resolution: {self.img_resolution} is not a power of two")
+        return self
+
+    def channels(self, resolution: int) -> int:
+        """Return the width of the block at this resolution."""
+        return min(self.channel_base // resolution, self.channel_max)
+
+
+def build(config: Config) -> StyleGAN2:
+    """Return a student of this shape with freshly drawn weights."""
+    return StyleGAN2(config)
+
+
+def from_record(class_name: str, arguments: MappingOf[str, object]) -> Config | None:
+    """Return the Config of a published pickle's network, or None where it is not a StyleGAN2 generator.
+
+    class_name, arguments: the class and constructor arguments that the pickle records.
+    """
+    synthesis = _own(arguments.get("synthesis_kwargs"))
+    settings = {**_own(arguments), **synthesis}
+    if class_name != "Generator" or not _STYLEGAN3_ONLY.isdisjoint(settings):
+        return None
+    known = {name: settings[name] for name in Config.model_fields if name in settings}
+    mapping = _own(arguments.get("mapping_kwargs"))
+    shape = {name: mapping[name] for name in MappingConfig.model_fields if name in mapping}
+    return Config.model_validate({**known, "mapping": shape})
+
+
+_STYLEGAN3_ONLY = frozenset(
+    {"first_cutoff", "num_critical", "output_scale", "filter_size", "conv_kernel"}
+)
+
+
+def _own(value: object) -> dict[str, object]:
+    return {str(k): v for k, v in value.items()} if isinstance(value, MappingOf) else {}
+
+
+class StyleGAN2(nn.Module):
+    """A StyleGAN2 generator: [N, z_dim], [N] -> [N, C, H, W] float32, about [-1, 1]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.latent_shape = (config.z_dim,)
+        self.image_shape = (config.img_channels, config.img_resolution, config.img_resolution)
+        self.num_classes = config.c_dim
+        self.synthesis = Synthesis(config)
+        self.mapping = Mapping(
+            z_dim=config.z_dim,
+            c_dim=config.c_dim,
+            w_dim=config.w_dim,
+            num_ws=self.synthesis.num_ws,
+            **config.mapping.model_dump(),
+        )
+
+    def forward(
+        self,
+        latents: Tensor,
+        labels: Tensor | None = None,
+        *,
+        truncation: float = 1.0,
+        noise_mode: NoiseMode = "const",
+    ) -> Tensor:
+        """Return images [N, C, H, W]. With the defaults a deterministic function of its arguments.
+
+        truncation: psi, 1 = none. noise_mode: per-layer noise at its stored constants, freshly drawn from
+        torch's global generator, or none.
+        """
+        return self.synthesis(
+            self.mapping(latents, labels, truncation=truncation), noise_mode=noise_mode
+        )
+
+
+class Synthesis(nn.Module):
+    """Intermediate latents to images: [N, num_ws, w_dim] -> [N, C, H, W]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.resolutions = [2**power for power in range(2, int(log2(config.img_resolution)) + 1)]
+        for resolution in self.resolutions:
+            setattr(self, f"b{resolution}", Block(config, resolution))
+        self.num_ws = 2 * len(self.resolutions)
+
+    def forward(self, ws: Tensor, *, noise_mode: NoiseMode = "const") -> Tensor:
+        x, image = None, None
+        first = 0
+        for resolution in self.resolutions:
+            block = getattr(self, f"b{resolution}")
+            x, image = block(x, image, ws[:, first:], noise_mode=noise_mode)
+            first += block.num_convolutions
+        return image
+
+
+class Block(nn.Module):
+    """One resolution: two convolutions (one at 4x4), and what turns them into an image."""
+
+    def __init__(self, config: Config, resolution: int) -> None:
+        super().__init__()
+        is_first, is_last = resolution == 4, resolution == config.img_resolution
+        channels = config.channels(resolution)
+        self.architecture = config.architecture
+        self.num_convolutions = 1 if is_first else 2
+        self.register_buffer("resample_filter", fir_filter(config.resample_filter))
+        if is_first:
+            self.const = nn.Parameter(torch.randn(channels, resolution, resolution))
+        else:
+            before = config.channels(resolution // 2)
+            self.conv0 = StyledConvolution(config, before, channels, resolution=resolution, up=2)
+            if config.architecture == "resnet":
+                self.skip = UpsampledProjection(config, before, channels)
+        self.conv1 = StyledConvolution(config, channels, channels, resolution=resolution)
+        if is_last or config.architecture == "skip":
+            self.torgb = ToImage(config, channels)
+
+    def forward(
+        self, x: Tensor | None, image: Tensor | None, ws: Tensor, *, noise_mode: NoiseMode
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return features and image after this block, given those before it (None at 4x4)."""
+        styles = iter(ws.unbind(1))
+        if x is None:
+            x = self.const.expand(len(ws), -1, -1, -1)
+            x = self.conv1(x, next(styles), noise_mode=noise_mode)
+        elif self.architecture == "resnet":
+            shortcut = self.skip(x, gain=0.5**0.5)
+            x = self.conv0(x, next(styles), noise_mode=noise_mode)
+            x = shortcut + self.conv1(x, next(styles), noise_mode=noise_mode, gain=0.5**0.5)
+        else:
+            x = self.conv0(x, next(styles), noise_mode=noise_mode)
+            x = self.conv1(x, next(styles), noise_mode=noise_mode)
+        if image is not None:
+            image = upsample(image, self.resample_filter)
+        if hasattr(self, "torgb"):
+            y = self.torgb(x, next(styles))
+            image = y if image is None else image + y
+        return x, image
+
+
+class StyledConvolution(nn.Module):
+    """Modulated 3x3 convolution, noise, bias and activation; upsamples by `up`."""
+
+    def __init__(
+        self, config: Config, in_channels: int, out_channels: int, *, resolution: int, up: int = 1
+    ) -> None:
+        super().__init__()
+        self.act, self.clamp, self.up, self.use_noise = (
+            config.activation,
+            config.conv_clamp,
+            up,
+            config.use_noise,
+        )
+        self.register_buffer("resample_filter", fir_filter(config.resample_filter))
+        self.affine = FullyConnected(config.w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        if config.use_noise:
+            self.register_buffer("noise_const", torch.randn(resolution, resolution))
+            self.noise_strength = nn.Parameter(torch.zeros([]))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor, w: Tensor, *, noise_mode: NoiseMode, gain: float = 1.0) -> Tensor:
+        style = self.affine(w)
+        x = x * style[:, :, None, None]
+        if self.up == 2:
+            x = convolve_upsampled(x, self.weight, self.resample_filter)
+        else:
+            x = F.conv2d(x, self.weight, padding=1)
+        x = x * demodulation(style, self.weight)[:, :, None, None]
+        if self.use_noise and noise_mode != "none":
+            x = x + self._noise(x, noise_mode) * self.noise_strength
+        gain_after = gain * ACTIVATIONS[self.act].gain
+        clamp = None if self.clamp is None else self.clamp * gain
+        return bias_act(x, self.bias, act=self.act, gain=gain_after, clamp=clamp)
+
+    def _noise(self, x: Tensor, noise_mode: NoiseMode) -> Tensor:
+        if noise_mode == "const":
+            return self.noise_const
+        return torch.randn(len(x), 1, *x.shape[2:], device=x.device, dtype=x.dtype)
+
+
+class ToImage(nn.Module):
+    """Modulated 1x1 convolution to image channels, without demodulation."""
+
+    def __init__(self, config: Config, in_channels: int) -> None:
+        super().__init__()
+        self.clamp = config.conv_clamp
+        self.affine = FullyConnected(config.w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(config.img_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(config.img_channels))
+        self.weight_gain = in_channels**-0.5
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        style = self.affine(w) * self.weight_gain
+        x = F.conv2d(x * style[:, :, None, None], self.weight)
+        return bias_act(x, self.bias, clamp=self.clamp)
+
+
+class UpsampledProjection(nn.Module):
+    """The shortcut of a resnet block: 1x1 convolution without bias, then upsampling by two."""
+
+    def __init__(self, config: Config, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("resample_filter", fir_filter(config.resample_filter))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
+        self.weight_gain = in_channels**-0.5
+
+    def forward(self, x: Tensor, *, gain: float) -> Tensor:
+        return upsample(F.conv2d(x, self.weight * (self.weight_gain * gain)), self.resample_filter)
+
+
+def demodulation(style: Tensor, weight: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Return d [N, out] that gives each output channel unit expected variance (StyleGAN2, Eq. 3).
+
+    style: [N, in]; weight: [out, in, k, k].
+    """
+    energy = weight.square().sum((2, 3))  # [out, in]
+    return (style.square() @ energy.t() + eps).rsqrt()
+
+
+def convolve_upsampled(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
+    """Return the 3x3 convolution of x at twice its resolution: [N, in, H, W] -> [N, out, 2H, 2W].
+
+    A transposed convolution of stride 2 does the zero-stuffing and the convolution at once; the low-pass
+    filter follows (StyleGAN2, Fig. 2 and appendix B).
+    """
+    spread = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # [N, out, 2H + 1, 2W + 1]
+    count = len(taps)
+    return upfirdn2d(spread, taps, padding=((count - 1) // 2, (count - 2) // 2) * 2, gain=4)
+
+
+def upsample(image: Tensor, taps: Tensor) -> Tensor:
+    """Return the image at twice its resolution, low-pass filtered: [N, C, H, W] -> [N, C, 2H, 2W]."""
+    count = len(taps)
+    return upfirdn2d(image, taps, up=2, padding=((count + 1) // 2, (count - 2) // 2) * 2, gain=4)

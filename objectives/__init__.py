@@ -1,0 +1,1 @@
+"""What a student learns from: one paper, one file."""

@@ -1,0 +1,135 @@
+"""Diff-Instruct: the Integral KL divergence between student and teacher (Luo et al., NeurIPS 2023).
+
+Two phases a round. The score phase fits the score network to the student's own images by denoising, so that it
+knows the score of what the student makes. The student phase moves each image along the difference between the
+two networks' scores (Diff-Instruct, Eq. 3.2): the gradient of
+    E_sigma w(sigma) KL(student * N(0, sigma^2) || teacher * N(0, sigma^2)).
+Left out: the paper's remark on GAN discriminators as a special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from core.config import Section
+from core.protocols import Batch, LossOutput, Networks, Phase
+from objectives._noise import LogNormal, SigmaLaw, add_noise, column
+
+Weighting = Literal["sigma_squared", "edm", "uniform", "dmd"]
+
+
+class Config(Section):
+    """Settings of Diff-Instruct."""
+
+    name: Literal["diff_instruct"] = "diff_instruct"
+    """Name of this objective."""
+    weighting: Weighting = "sigma_squared"
+    """w(sigma) on the score difference: sigma_squared, edm, uniform or dmd."""
+    sigma: SigmaLaw = LogNormal()
+    """Law of the noise level in the student phase."""
+    score_sigma: SigmaLaw = LogNormal()
+    """Law of the noise level in the score phase."""
+    score_steps: int = Field(1, ge=1)
+    """Score steps for each student step."""
+    head_start_kimg: float = Field(0.0, ge=0)
+    """Thousands of images during which only the score network learns."""
+    sigma_data: float = Field(0.5, gt=0)
+    """Standard deviation of the images, in EDM's loss weight."""
+
+
+class DiffInstruct:
+    """The two phases of Diff-Instruct, score first."""
+
+    def __init__(self, config: Config) -> None:
+        score = partial(score_loss, config=config)
+        student = partial(student_loss, config=config)
+        self.phases = (
+            Phase("score", "score", score, repeats=config.score_steps),
+            Phase("student", "student", student, starts_at=round(config.head_start_kimg * 1000)),
+        )
+
+
+def build(config: Config) -> DiffInstruct:
+    """Return the objective with these settings."""
+    return DiffInstruct(config)
+
+
+def score_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutput:
+    """Return EDM's denoising loss of the score network on the student's images (EDM, Eq. 2 and Table 1).
+
+    lambda(sigma) |D_score(x + sigma n; sigma) - x|^2 summed over pixels, [N].
+    """
+    with torch.no_grad():
+        images = networks.student(batch.latents, batch.labels)
+    sigma = config.score_sigma.draw(batch.draws, "sigma")
+    noisy = add_noise(images, sigma, batch.draws, "noise")
+    error = networks.score(noisy, sigma, batch.labels) - images
+    squared = error.square().flatten(1).sum(1)  # [N]
+    loss = edm_weight(sigma, sigma_data=config.sigma_data) * squared
+    return LossOutput(loss, {"score_loss": loss.detach().mean() / images[0].numel()})
+
+
+def student_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutput:
+    """Return the surrogate of the Integral KL divergence, [N]; only its gradient has a meaning."""
+    images = networks.student(batch.latents, batch.labels)
+    sigma = config.sigma.draw(batch.draws, "sigma")
+    noisy = add_noise(images.detach(), sigma, batch.draws, "noise")
+    condition = partial(_denoise, noisy=noisy, sigma=sigma, labels=batch.labels)
+    pull = ikl_pull(
+        images.detach(),
+        condition(networks.score),
+        condition(networks.teacher),
+        sigma,
+        weighting=config.weighting,
+        sigma_data=config.sigma_data,
+    )
+    loss = (pull * images).flatten(1).sum(1)
+    return LossOutput(loss, {"pull": pull.square().mean().sqrt()})
+
+
+def ikl_pull(
+    images: Tensor,
+    score_denoised: Tensor,
+    teacher_denoised: Tensor,
+    sigma: Tensor,
+    *,
+    weighting: Weighting,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    """Return w(sigma) (s_score - s_teacher), the gradient of the Integral KL by the image: [N, C, H, W].
+
+    s(y; sigma) = (D(y; sigma) - y) / sigma^2, so y cancels and D_score - D_teacher remains, times
+        sigma_squared  1                                    w = sigma^2, the official code's choice
+        edm            (sigma^2 + s^2) / (sigma s)^2        w = sigma^2 lambda(sigma), s = sigma_data
+        uniform        1 / sigma^2                          w = 1
+        dmd            1 / mean |x - D_teacher|             DMD (Yin et al., 2024), Eq. 8
+    images: [N, C, H, W], detached; sigma: [N].
+    """
+    difference = score_denoised - teacher_denoised
+    if weighting == "dmd":
+        distance = (images - teacher_denoised).abs().mean((1, 2, 3))
+        return difference / column(distance.clamp_min(1e-8))
+    return column(_WEIGHTS[weighting](sigma, sigma_data)) * difference
+
+
+def edm_weight(sigma: Tensor, *, sigma_data: float) -> Tensor:
+    """Return lambda(sigma) = (sigma^2 + s^2) / (sigma s)^2 with s = sigma_data (EDM, Table 1), [N]."""
+    return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
+
+
+_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "sigma_squared": lambda sigma, _: torch.ones_like(sigma),
+    "edm": lambda sigma, sigma_data: edm_weight(sigma, sigma_data=sigma_data),
+    "uniform": lambda sigma, _: sigma.square().reciprocal(),
+}
+
+
+@torch.no_grad()
+def _denoise(network: nn.Module, *, noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    return network(noisy, sigma, labels)

@@ -1,0 +1,1 @@
+"""The loop and its services. Knows neither GANs, EDM nor Diff-Instruct: only phases."""

@@ -1,0 +1,62 @@
+"""A state on the disk: written whole or not at all, read back bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+
+from core.errors import UserError
+from core.run_folder import RunFolder, atomic_write
+from training.state import TrainState
+
+_KEPT = 2
+
+
+def save(state: TrainState, folder: RunFolder) -> Path:
+    """Return the path of the checkpoint of this state, after writing it; the newest two are kept.
+
+    Raises UserError where the disk refuses; earlier checkpoints are then untouched.
+    """
+    path = folder.checkpoints / f"{state.images_seen:012d}.pt"
+    with atomic_write(path) as partial:
+        torch.save(_content(state), partial)
+    for old in _all(folder)[:-_KEPT]:
+        old.unlink()
+    return path
+
+
+def newest(folder: RunFolder) -> Path | None:
+    """Return the path of the newest checkpoint, or None where there is none yet."""
+    return next(reversed(_all(folder)), None)
+
+
+def restore(state: TrainState, path: Path) -> None:
+    """Set the state to what a checkpoint holds. Raises UserError where the file is damaged or does not fit."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state.networks.student.load_state_dict(content["student"])
+        state.networks.score.load_state_dict(content["score"])
+        state.student_ema.load_state_dict(content["student_ema"])
+        for name, optimizer in state.optimizers.items():
+            optimizer.load_state_dict(content["optimizers"][name])
+        state.images_seen = content["images_seen"]
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
+        raise UserError(
+            f"{path} is damaged or of another run ({type(error).__name__}); delete it to go on from the one before"
+        ) from error
+
+
+def _content(state: TrainState) -> dict[str, object]:
+    return {
+        "images_seen": state.images_seen,
+        "student": state.networks.student.state_dict(),
+        "score": state.networks.score.state_dict(),
+        "student_ema": state.student_ema.state_dict(),
+        "optimizers": {name: value.state_dict() for name, value in state.optimizers.items()},
+    }
+
+
+def _all(folder: RunFolder) -> list[Path]:
+    return sorted(folder.checkpoints.glob("*.pt"))

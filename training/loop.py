@@ -1,0 +1,249 @@
+"""The training loop: phases say what is trained on what, `update` draws, accumulates, checks and steps.
+
+The same loop serves one process and many: each rank takes its share of the global batch, draws are functions of
+the global sample index, and gradients are averaged over ranks. Left out: everything about what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from core import distributed
+from core.config import Section
+from core.distributed import World
+from core.errors import UserError
+from core.protocols import Batch, LossOutput, Networks, Objective, Phase
+from core.randomness import Draws
+from core.run_folder import RunFolder
+from training import checkpoint
+from training.schedule import Every, ema_decay, warmup
+from training.state import OptimizerConfig, TrainState, follow
+from training.status import Status
+
+
+class Config(Section):
+    """The `training` section of a recipe."""
+
+    duration_kimg: float = Field(5000, gt=0)
+    """Length of the run, in thousands of student images."""
+    batch_size: int = Field(128, ge=1)
+    """Images of one update, over all processes."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Images a process puts through the networks at a time; null: its whole share of the batch."""
+    seed: int = Field(0, ge=0)
+    """Every random number of the training follows from it."""
+    student_lr: float = Field(1e-5, gt=0)
+    """Learning rate of the student."""
+    score_lr: float = Field(1e-5, gt=0)
+    """Learning rate of the score network."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer of both."""
+    warmup_kimg: float = Field(0.0, ge=0)
+    """Thousands of images over which both learning rates rise from 0."""
+    gradient_clip: float | None = Field(None, gt=0)
+    """Largest norm of an update's gradient; longer ones are scaled down to it. null: no limit."""
+    ema_halflife_kimg: float = Field(500.0, ge=0)
+    """Half-life of the student's moving average, in thousands of images; 0: no averaging."""
+    ema_rampup: float | None = Field(0.05, gt=0)
+    """The half-life is at most this times the images seen; null: no such limit."""
+    readings_every_kimg: float = Field(1.0, gt=0)
+    """Thousands of images between rows of readings.jsonl."""
+    checkpoint_every_kimg: float = Field(500.0, ge=0)
+    """Thousands of images between checkpoints; 0: only at the end or when stopped."""
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Config:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}"
+            )
+        return self
+
+    @property
+    def total_images(self) -> int:
+        """Return the length of the run in images."""
+        return round(self.duration_kimg * 1000)
+
+
+class Diverged(UserError):
+    """A loss or gradient that is not finite. The weights are those of before the update."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+def train(
+    state: TrainState,
+    objective: Objective,
+    config: Config,
+    *,
+    folder: RunFolder,
+    world: World,
+    measure: Callable[[TrainState], Mapping[str, float]] | None = None,
+    measure_every_kimg: float = 0.0,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Return the state after the last image; it is trained in place.
+
+    measure: called on every rank when due and after the last round. stop_requested: asked after each round; if it
+    says so on any rank, the state is saved and Interrupted raised. Raises Diverged before weights go bad.
+    """
+    total = config.total_images
+    showing, saving = (
+        Every.kimg(config.readings_every_kimg),
+        Every.kimg(config.checkpoint_every_kimg),
+    )
+    measuring = Every.kimg(measure_every_kimg)
+    trained = _wrapped(state.networks, world)
+    with Status(folder, world, images_seen=state.images_seen, total_images=total) as status:
+        while state.images_seen < total:
+            before = state.images_seen
+            for phase in objective.phases:
+                for repeat in range(phase.repeats if phase.starts_at <= before else 0):
+                    status.add(update(phase, repeat, state, config, trained=trained, world=world))
+            _advance(state, config)
+            now, last = state.images_seen, state.images_seen >= total
+            stop = _any(stop_requested(), world)
+            if last or stop or showing.due(before, now):
+                status.row(now)
+            if measure is not None and (last or measuring.due(before, now)):
+                status.measured(now, measure(state))
+            if (last or stop or saving.due(before, now)) and world.is_main:
+                checkpoint.save(state, folder)
+            if stop and not last:
+                raise Interrupted
+    return state
+
+
+def update(
+    phase: Phase,
+    repeat: int,
+    state: TrainState,
+    config: Config,
+    *,
+    trained: Networks,
+    world: World,
+) -> dict[str, Tensor]:
+    """Return the readings of one optimizer step on one global batch, after taking it.
+
+    trained: the state's networks, wrapped so that their gradients are averaged over ranks.
+    Raises Diverged where loss or gradient is not finite, before any weight changes.
+    """
+    networks = replace(state.networks, **{phase.trains: getattr(trained, phase.trains)})
+    network = getattr(networks, phase.trains)
+    optimizer = state.optimizers[phase.trains]
+    optimizer.zero_grad(set_to_none=True)
+    draws = Draws(config.seed, state.images_seen, 0, config.batch_size, world.device)
+    parts = list(_micro_batches(draws.scoped(f"{phase.name}/{repeat}"), config, world))
+    outputs = []
+    for index, part in enumerate(parts):
+        with _synchronised(network, last=index == len(parts) - 1):
+            output = phase.loss(networks, _batch(part, state.networks))
+            (output.per_image.sum() * (world.size / config.batch_size)).backward()
+        outputs.append(LossOutput(output.per_image.detach(), output.readings))
+    norm = _checked_norm(phase, network, outputs, state.images_seen, world)
+    if config.gradient_clip is not None:
+        clip_grads_with_norm_(network.parameters(), config.gradient_clip, norm)
+    _set_learning_rate(optimizer, phase, state.images_seen, config)
+    optimizer.step()
+    return {**_mean_readings(outputs), f"{phase.name}_gradient": norm}
+
+
+def _wrapped(networks: Networks, world: World) -> Networks:
+    """Return the networks ready to be trained by several processes; the teacher stays as it is."""
+    return replace(
+        networks,
+        student=distributed.wrap(networks.student, world),
+        score=distributed.wrap(networks.score, world),
+    )
+
+
+def _micro_batches(draws: Draws, config: Config, world: World) -> Iterator[Draws]:
+    """Yield this rank's share of the global batch in parts of at most micro_batch_size."""
+    share = distributed.shard(config.batch_size, world)
+    size = config.micro_batch_size or len(share)
+    for start in range(share.start, share.stop, size):
+        yield draws.part(start, min(start + size, share.stop))
+
+
+def _batch(draws: Draws, networks: Networks) -> Batch:
+    student = networks.student
+    labels = draws.integers("labels", student.num_classes) if student.num_classes else None
+    return Batch(draws.normal("latents", student.latent_shape), labels, draws)
+
+
+def _synchronised(network: nn.Module, *, last: bool) -> AbstractContextManager[object]:
+    """Return a context in which gradients are averaged over ranks only in the last micro-batch."""
+    if last or not isinstance(network, DistributedDataParallel):
+        return nullcontext()
+    return network.no_sync()
+
+
+def _checked_norm(
+    phase: Phase,
+    network: nn.Module,
+    outputs: list[LossOutput],
+    images_seen: int,
+    world: World,
+) -> Tensor:
+    """Return the norm of the averaged gradient, finite on every rank."""
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    norm = get_total_norm(gradients)
+    loss = distributed.mean(torch.cat([output.per_image for output in outputs]).mean(), world)
+    if not torch.isfinite(norm + loss):
+        raise Diverged(
+            f"the {phase.name} phase gave a loss of {float(loss):.4g} and a gradient of norm {float(norm):.4g} "
+            f"after {images_seen} images; no weight was changed by it. Try a smaller training.{phase.trains}_lr, "
+            "a training.warmup_kimg, or a training.gradient_clip"
+        )
+    return norm
+
+
+def _set_learning_rate(
+    optimizer: torch.optim.Optimizer, phase: Phase, images_seen: int, config: Config
+) -> None:
+    base = config.student_lr if phase.trains == "student" else config.score_lr
+    after = images_seen + config.batch_size
+    for group in optimizer.param_groups:
+        group["lr"] = base * warmup(after, warmup_kimg=config.warmup_kimg)
+
+
+def _advance(state: TrainState, config: Config) -> None:
+    """Count one round, and let the moving average follow."""
+    state.images_seen += config.batch_size
+    decay = ema_decay(
+        config.batch_size,
+        images_seen=state.images_seen,
+        halflife_kimg=config.ema_halflife_kimg,
+        rampup=config.ema_rampup,
+    )
+    follow(state.student_ema, state.networks.student, decay=decay)
+
+
+def _mean_readings(outputs: list[LossOutput]) -> dict[str, Tensor]:
+    """Return the mean over this rank's images of each reading."""
+    counts = torch.tensor([float(len(output.per_image)) for output in outputs])
+    shares = (counts / counts.sum()).tolist()
+    means = {}
+    for name in outputs[0].readings:
+        parts = [
+            output.readings[name] * share for output, share in zip(outputs, shares, strict=True)
+        ]
+        means[name] = torch.stack(parts).sum()
+    return means
+
+
+def _any(flag: bool, world: World) -> bool:
+    """Return whether the flag is up on any rank; the same answer on all."""
+    if world.size == 1:
+        return flag
+    return bool(distributed.mean(torch.tensor(float(flag), device=world.device), world) > 0)

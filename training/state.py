@@ -1,0 +1,88 @@
+"""All that a resumed run needs: networks, the student's moving average, optimizers, images seen."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from core.config import Section
+from core.protocols import Networks, TrainedNetwork
+
+
+class OptimizerConfig(Section):
+    """An optimizer of torch.optim, for student and score alike."""
+
+    name: str = "Adam"
+    """Class in torch.optim."""
+    beta1: float = Field(0.0, ge=0, lt=1)
+    """Decay of the mean gradient (optimizers with betas)."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the mean squared gradient (optimizers with betas)."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator (optimizers with eps)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay."""
+
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        found = getattr(torch.optim, name, None)
+        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+            known = sorted(n for n, c in vars(torch.optim).items() if isinstance(c, type))
+            raise ValueError(f"torch.optim has no optimizer {name!r}; it has {', '.join(known)}")
+        return name
+
+
+@dataclass
+class TrainState:
+    """What changes while training. Equal states go on to equal states."""
+
+    images_seen: int
+    networks: Networks
+    student_ema: nn.Module
+    """Moving average of the student, in eval mode: what is measured and published."""
+    optimizers: dict[TrainedNetwork, torch.optim.Optimizer]
+
+
+def start(
+    networks: Networks, *, student_lr: float, score_lr: float, optimizer: OptimizerConfig
+) -> TrainState:
+    """Return the state before the first image. Freezes the teacher."""
+    networks.teacher.eval().requires_grad_(False)
+    networks.student.eval().requires_grad_(True)
+    networks.score.eval().requires_grad_(True)
+    optimizers: dict[TrainedNetwork, torch.optim.Optimizer] = {
+        "student": _optimizer(networks.student, student_lr, optimizer),
+        "score": _optimizer(networks.score, score_lr, optimizer),
+    }
+    ema = copy.deepcopy(networks.student).eval().requires_grad_(False)
+    return TrainState(0, networks, ema, optimizers)
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, *, decay: float) -> None:
+    """Move the average's parameters to decay * average + (1 - decay) * network; copy its buffers."""
+    slow, fast = list(average.parameters()), list(network.parameters())
+    torch._foreach_lerp_(slow, fast, 1 - decay)
+    for kept, current in zip(average.buffers(), network.buffers(), strict=True):
+        kept.copy_(current)
+
+
+_Settings = Literal["betas", "eps", "weight_decay"]
+
+
+def _optimizer(network: nn.Module, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+    kind = getattr(torch.optim, config.name)
+    offered: dict[_Settings, object] = {
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    accepted = kind.__init__.__code__.co_varnames
+    chosen = {name: value for name, value in offered.items() if name in accepted}
+    return kind(network.parameters(), lr=lr, **chosen)

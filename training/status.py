@@ -1,0 +1,92 @@
+"""Progress and readings: means over the last rounds go to the run folder and to the terminal.
+
+On a terminal a progress bar (tqdm); elsewhere a plain line once in a while. Readings stay tensors until they
+are shown, so that a round never waits for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from core.distributed import World
+from core.run_folder import RunFolder
+
+_log = logging.getLogger(__name__)
+_LINE_EVERY_SECONDS = 15.0
+
+
+class Status:
+    """Collects readings between rows of readings.jsonl, and shows how far the run is. Only rank 0 speaks."""
+
+    def __init__(
+        self, folder: RunFolder, world: World, *, images_seen: int, total_images: int
+    ) -> None:
+        self.folder, self.speaks, self.total_images = folder, world.is_main, total_images
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._measured: dict[str, float] = {}
+        self._started_at, self._started_images = time.monotonic(), images_seen
+        self._line_at = self._started_at
+        bar = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} images {postfix}"
+        self._bar = (
+            tqdm(initial=images_seen, total=total_images, bar_format=bar, dynamic_ncols=True)
+            if self.speaks and sys.stderr.isatty()
+            else None
+        )
+
+    def add(self, readings: Mapping[str, Tensor]) -> None:
+        """Take in the readings of one update: name -> 0-dim tensor."""
+        for name, value in readings.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def measured(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Write down a measurement, and show it from now on."""
+        if not self.speaks:
+            return
+        self._measured.update(metrics)
+        self.folder.append_reading({"images_seen": images_seen, "measured": dict(metrics)})
+
+    def row(self, images_seen: int) -> None:
+        """Write the means since the last row to readings.jsonl and show them."""
+        if not self.speaks:
+            return
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        rate = self._rate(images_seen)
+        self.folder.append_reading(
+            {"images_seen": images_seen, "images_per_second": round(rate, 2), **means}
+        )
+        self._sums, self._counts = {}, {}
+        self._show(images_seen, rate, means)
+
+    def __enter__(self) -> Status:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _rate(self, images_seen: int) -> float:
+        return (images_seen - self._started_images) / (time.monotonic() - self._started_at)
+
+    def _show(self, images_seen: int, rate: float, means: Mapping[str, float]) -> None:
+        left = timedelta(seconds=round((self.total_images - images_seen) / max(rate, 1e-9)))
+        shown = {**means, **{f"last {name}": value for name, value in self._measured.items()}}
+        values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        text = f"{rate:.0f} images/s  {left} left  {values}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(images_seen - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._line_at >= _LINE_EVERY_SECONDS or images_seen >= self.total_images:
+            self._line_at = now
+            _log.info("%d/%d images  %s", images_seen, self.total_images, text)
