@@ -1,0 +1,173 @@
+"""Read and write network files: ours (safetensors) and the pickles that NVIDIA publishes.
+
+What a file is follows from its content, never from its name. Ours is a safetensors file whose
+metadata has "format" (gan-refinement-toolkit/1), "network" (JSON: family, config) and, optionally,
+"provenance" (JSON). To build a network from what was read is the families' own business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from core import pickles
+from core.downloads import sha256_of
+from core.errors import UserError
+from core.pickles import NetworkRecord
+
+_FORMAT = "gan-refinement-toolkit/1"
+_LONGEST_HEADER_BYTES = 100_000_000
+"""Of a safetensors file, by its specification."""
+
+
+@dataclass(frozen=True, eq=False)
+class SavedNetwork:
+    """One network in our own format."""
+
+    path: Path
+    sha256: str
+    family: str
+    """The module that builds it, such as "stylegan2" or "edm"."""
+    config: dict[str, object]
+    """The fields of that module's Config."""
+    tensors: dict[str, Tensor] = field(repr=False)
+    """The state dict, on the CPU, each tensor in the dtype that was saved."""
+    provenance: dict[str, object] = field(default_factory=dict)
+    """Where it comes from, in the words of whoever saved it."""
+
+
+@dataclass(frozen=True, eq=False)
+class PublishedPickle:
+    """The networks of a StyleGAN or EDM pickle, as data."""
+
+    path: Path
+    sha256: str
+    records: dict[str, NetworkRecord]
+    """By their names in the file: "G", "D", "G_ema"; "ema"."""
+
+    def record(self, name: str) -> NetworkRecord:
+        """Return the network of this name. Raises UserError that lists those in the file."""
+        if name not in self.records:
+            held = ", ".join(self.records) or "none"
+            raise UserError(f"{self.path} has no network {name}. The networks in it: {held}.")
+        return self.records[name]
+
+
+def read(path: str | Path) -> SavedNetwork | PublishedPickle:
+    """Return a network file as data, recognised by its content.
+
+    Raises UserError where the file is missing, damaged, or neither of the two kinds.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if _is_safetensors(start):
+        return _read_saved(path)
+    if start[:1] == b"\x80":
+        return PublishedPickle(path, sha256_of(path), pickles.networks(path))
+    raise UserError(f"{path} {_what_else(start, size)}")
+
+
+def save(
+    path: str | Path,
+    *,
+    family: str,
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    provenance: Mapping[str, object] | None = None,
+) -> None:
+    """Write one network in our format: whole or not at all.
+
+    config and provenance are plain JSON data. Raises UserError where the file cannot be written;
+    a file that was at the path before is then unchanged.
+    """
+    metadata = {"format": _FORMAT, "network": _json({"family": family, "config": dict(config)})}
+    if provenance is not None:
+        metadata["provenance"] = _json(dict(provenance))
+    own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    content = safetensors.torch.save({k: v.contiguous() for k, v in own.items()}, metadata)
+    _write(Path(path), content)
+
+
+def _json(value: Mapping[str, object]) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({len(content) / 1e6:.1f} MB): {error.strerror}. "
+            "What was there before is unchanged."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_safetensors(start: bytes) -> bool:
+    header_bytes = int.from_bytes(start[:8], "little")
+    return start[8:9] == b"{" and 2 <= header_bytes <= _LONGEST_HEADER_BYTES
+
+
+def _read_saved(path: Path) -> SavedNetwork:
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is truncated or damaged: it starts as a safetensors file and does not go on "
+            "as one. Get it again."
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise UserError(
+            f"{path} is a safetensors file of another origin: expected the format {_FORMAT}, found "
+            f"{metadata.get('format', 'none')}. Give a file that this version saved, or a pickle."
+        )
+    try:
+        network = json.loads(metadata["network"])
+        family, config = network["family"], dict(network["config"])
+        provenance = dict(json.loads(metadata.get("provenance", "{}")))
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} says that its format is {_FORMAT}, but its metadata names no family and "
+            "config. Save it again."
+        ) from error
+    return SavedNetwork(path, sha256_of(path), family, config, tensors, provenance)
+
+
+def _what_else(start: bytes, size: int) -> str:
+    """Return what a file is that holds no network, with what to do, to go on after its name."""
+    text = start.lstrip().lower()
+    if size == 0:
+        return "is empty. Get it again."
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is a web page, not weights: its link led to a page. Download the file itself."
+    if text.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights. Run `git lfs pull` where it comes from."
+    if start.startswith(b"PK\x03\x04"):
+        return (
+            "is a zip archive, such as torch.save writes: expected our safetensors or a StyleGAN "
+            "or EDM pickle. Save its tensors with core.weights.save, naming family and config."
+        )
+    if size < 16:
+        return f"is truncated: it has {size} bytes. Get it again."
+    return "is no network file: expected our safetensors or a StyleGAN or EDM pickle."

@@ -1,0 +1,186 @@
+"""core.weights: our files come back exactly, pickles as records, the rest as a sentence."""
+
+import errno
+import json
+import os
+import pickle
+import sys
+import types
+
+import pytest
+import safetensors.torch
+import torch
+
+from core import weights
+from core.errors import UserError
+
+TENSORS = {
+    "float32": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+    "float16": torch.tensor([1.5, float("inf")], dtype=torch.float16),
+    "bfloat16": torch.tensor([1e30], dtype=torch.bfloat16),
+    "float64": torch.tensor(1 / 3, dtype=torch.float64),
+    "int64": torch.tensor([2**40, -1]),
+    "bool": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 5),
+    "transposed": torch.arange(6.0).reshape(2, 3).t(),
+    "channels_last": torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+}
+CONFIG = {"resolution": 32, "lr": 1e-4, "name": "é", "blocks": [1, 2], "none": None}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Give the path of a file in our format."""
+    path = tmp_path / "student.safetensors"
+    weights.save(path, family="stylegan2", config=CONFIG, tensors=TENSORS, provenance={"kimg": 5})
+    return path
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Give the path of a pickle in the published form."""
+    persistence = types.ModuleType("torch_utils.persistence")
+    exec("def _reconstruct_persistent_obj(meta): raise AssertionError", persistence.__dict__)
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", persistence)
+    state = {"_init_kwargs": {"z_dim": 8}, "_buffers": {"w_avg": torch.arange(3.0)}}
+    meta = {"type": "class", "version": 6, "module_src": "", "class_name": "Generator"}
+
+    class Network:
+        def __reduce__(self):
+            return persistence._reconstruct_persistent_obj, (meta | {"state": state},)
+
+    path = tmp_path / "network.safetensors"  # a wrong ending on purpose
+    path.write_bytes(pickle.dumps({"G_ema": Network(), "training_set_kwargs": {}}))
+    return path
+
+
+def test_tensors_come_back_exactly(saved):
+    """Every dtype, shape and layout has the same values in the same dtype."""
+    found = weights.read(saved).tensors
+    assert set(found) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_family_config_and_provenance_come_back(saved):
+    """What was said about the network is said again, as JSON data."""
+    network = weights.read(saved)
+    assert (network.family, network.config) == ("stylegan2", CONFIG)
+    assert network.provenance == {"kimg": 5}
+
+
+def test_the_format_is_the_documented_one(saved):
+    """Other programs find format, network and provenance in the safetensors metadata."""
+    with safetensors.safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "gan-refinement-toolkit/1"
+    assert json.loads(metadata["network"]) == {"family": "stylegan2", "config": CONFIG}
+    assert json.loads(metadata["provenance"]) == {"kimg": 5}
+
+
+def test_equal_networks_make_equal_files(saved, tmp_path):
+    """The bytes, and so the SHA-256, depend on nothing but the network."""
+    again = tmp_path / "again"
+    reordered = dict(reversed(CONFIG.items()))
+    weights.save(
+        again, family="stylegan2", config=reordered, tensors=TENSORS, provenance={"kimg": 5}
+    )
+    assert weights.read(again).sha256 == weights.read(saved).sha256
+
+
+def test_tied_tensors_are_saved_one_by_one(tmp_path):
+    """Tensors that share memory come back under each of their names."""
+    shared = torch.arange(4.0)
+    path = tmp_path / "tied"
+    weights.save(path, family="edm", config={}, tensors={"a": shared, "b": shared[1:3]})
+    found = weights.read(path)
+    assert found.tensors["b"].tolist() == [1, 2] and found.provenance == {}
+
+
+def test_a_pickle_is_recognised_by_content(published):
+    """A published pickle is one whatever its name says, and gives its networks by name."""
+    network = weights.read(published)
+    assert isinstance(network, weights.PublishedPickle)
+    record = network.record("G_ema")
+    assert (record.class_name, record.arguments) == ("Generator", {"z_dim": 8})
+    assert record.tensors["w_avg"].tolist() == [0, 1, 2]
+
+
+def test_a_missing_record_names_those_there(published):
+    """Asking for a teacher in a GAN's file says what the file has."""
+    with pytest.raises(UserError, match=r"no network ema\. The networks in it: G_ema\."):
+        weights.read(published).record("ema")
+
+
+def test_truncated_files_are_named_as_such(saved):
+    """Our file cut anywhere is called truncated or, with nothing left, empty."""
+    content = saved.read_bytes()
+    for length in (1, 7, 8, 9, 20, 500, len(content) // 2, len(content) - 1):
+        saved.write_bytes(content[:length])
+        with pytest.raises(UserError, match="is truncated"):
+            weights.read(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer"),
+        (b"PK\x03\x04" + bytes(100), "is a zip archive, such as torch.save writes"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "is no network file"),
+        (b"\x80\x04K\x01.", "is a pickle, but not of networks by name"),
+        (b"\x80\x04cos\nsystem\n.", "asks for os.system"),
+    ],
+)
+def test_other_files_are_told_what_they_are(tmp_path, content, complaint):
+    """Each file that often lies where weights should gives one sentence with its path."""
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as error:
+        weights.read(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        (None, "another origin: expected the format gan-refinement-toolkit/1, found none"),
+        ({"format": "pt"}, "another origin: .* found pt"),
+        (
+            {"format": "gan-refinement-toolkit/2"},
+            "another origin: .* found gan-refinement-toolkit/2",
+        ),
+        ({"format": "gan-refinement-toolkit/1"}, "names no family and config"),
+        ({"format": "gan-refinement-toolkit/1", "network": "[]"}, "names no family and config"),
+        ({"format": "gan-refinement-toolkit/1", "network": "{"}, "names no family and config"),
+    ],
+)
+def test_foreign_safetensors_are_refused(tmp_path, metadata, complaint):
+    """A safetensors file of another program or version is never guessed at."""
+    path = tmp_path / "foreign.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
+    with pytest.raises(UserError, match=complaint):
+        weights.read(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    """A path without a file gives its name and the reason."""
+    with pytest.raises(UserError, match="gone cannot be read: No such file"):
+        weights.read(tmp_path / "gone")
+
+
+def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
+    """Where the new file does not fit, the old one is whole and nothing else is left."""
+    before = saved.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"could not be written .*No space left on device"):
+        weights.save(saved, family="edm", config={}, tensors=TENSORS)
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
