@@ -2,8 +2,8 @@
 
 The words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 2011), written in integer tensor arithmetic: the same bits on every device, for any batch size and
-any number of ranks. Normals are Box-Muller in float64, so that rounding to float32 hides what little
-the devices' logarithms disagree about. `torch.manual_seed` has no influence here.
+any number of ranks. Normals are Box-Muller in float64, so that rounding to float32 hides the little
+that the devices' logarithms disagree. `torch.manual_seed` has no influence here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Draws:
     count: int
     device: torch.device
     scope: str = ""
-    """What the purposes belong to, such as a phase; the same purpose differs from scope to scope."""
+    """What the purposes belong to, such as a phase; other scopes get other numbers."""
 
     def __post_init__(self) -> None:
         assert self.count >= 0 and 0 <= self.first <= _WORD + 1 - self.count, (
@@ -67,7 +67,7 @@ class Draws:
         return replace(self, scope=scope)
 
     def part(self, start: int, stop: int) -> Draws:
-        """Return the draws of samples start..stop-1: rows [start:stop] of all that is drawn here."""
+        """Return the draws of samples start..stop-1: rows [start:stop] of all drawn here."""
         assert 0 <= start <= stop <= self.count, (start, stop, self.count)
         return replace(self, first=self.first + start, count=stop - start)
 
