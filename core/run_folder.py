@@ -1,0 +1,208 @@
+"""A run's folder: its paths, its readings, and files that appear whole or not at all.
+
+    runs/00000-NAME/: recipe.yaml readings.jsonl checkpoints/ samples/ student.safetensors report/
+
+Every file that is replaced while a run goes on goes through `atomic_write`: a full disk or a power
+cut leaves the previous file as it was. What stands *in* checkpoints is their writer's concern.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import UserError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space there, or write elsewhere with --outdir",
+    errno.EDQUOT: "free some of your quota, or write elsewhere with --outdir",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "choose a folder that can be written to with --outdir",
+    errno.EACCES: "choose a folder that you may write to with --outdir",
+    errno.EPERM: "choose a folder that you may write to with --outdir",
+    errno.ENOTDIR: "choose a folder with --outdir",
+    errno.EEXIST: "choose a folder with --outdir",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of one run are."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """Return the path of the resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def readings(self) -> Path:
+        """Return the path of the readings, one JSON object a line."""
+        return self.path / "readings.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of what a resumed run needs."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Return the folder of images made on the way."""
+        return self.path / "samples"
+
+    @property
+    def student(self) -> Path:
+        """Return the path of the refined weights."""
+        return self.path / "student.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """Return the folder of the report."""
+        return self.path / "report"
+
+    @classmethod
+    def create(cls, outdir: Path, name: str) -> RunFolder:
+        """Return a new folder OUTDIR/00000-NAME of the next free number, also among many callers.
+
+        Raises UserError where the name or the place does not do.
+        """
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UserError(f"run name {name!r}: expected letters, digits and _ . + - only")
+        with _writing(outdir):
+            outdir.mkdir(parents=True, exist_ok=True)
+            folder = cls(_numbered(outdir, name))
+            for below in (folder.checkpoints, folder.samples, folder.report):
+                below.mkdir()
+        return folder
+
+    @classmethod
+    def open_existing(cls, path: Path) -> RunFolder:
+        """Return the folder of an earlier run. Raises UserError where there is none."""
+        folder = cls(path)
+        if folder.recipe.is_file():
+            return folder
+        if not path.exists():
+            raise UserError(f"{path}: no such run folder")
+        inside = sorted(recipe.parent.name for recipe in path.glob("*/recipe.yaml"))
+        hint = f"; did you mean {path / inside[-1]}?" if inside else ""
+        raise UserError(f"{path}: not a run folder, it has no recipe.yaml{hint}")
+
+    def append_reading(self, reading: Mapping[str, object]) -> None:
+        """Add one line to the readings. It has `images_seen`; a non-finite number is our bug."""
+        assert "images_seen" in reading, reading
+        line = json.dumps(dict(reading), allow_nan=False)
+        with _writing(self.readings), self.readings.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+    def read_readings(self) -> list[dict[str, object]]:
+        """Return all readings, oldest first, without a last line that was cut off while written."""
+        if not self.readings.exists():
+            return []
+        lines = self.readings.read_text(encoding="utf-8").split("\n")
+        rows = []
+        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was cut
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{self.readings}, line {number}: expected a JSON object, got {line[:60]!r}; "
+                    "remove that line"
+                ) from error
+        return rows
+
+    def keep_readings_until(self, images_seen: int) -> None:
+        """Drop the readings later than a checkpoint, which a resumed run will write again."""
+        rows = [json.dumps(row) for row in self.read_readings() if _images_seen(row) <= images_seen]
+        with atomic_write(self.readings) as partial:
+            partial.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; if the block ends well, the file moves to its place, else it goes.
+
+    The yielded path has the same name, in a hidden folder beside. A disk that is full or may not be
+    written to becomes a UserError, whichever library noticed it: torch and safetensors raise errors
+    of their own, so an error's text is searched and one more block of the same file is tried.
+    """
+    folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial = folder / path.name
+    with _writing(path):
+        folder.mkdir(parents=True)
+        try:
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
+            _flush(path.parent)
+        except Exception as error:
+            _raise_disk_error(error, partial)
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the user can mend about a disk into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        remedy = _REMEDIES[error.errno]
+        raise UserError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
+
+
+def _numbered(outdir: Path, name: str) -> Path:
+    """Return a new folder whose number no other has.
+
+    The bare number is claimed first (mkdir succeeds once). A claim is free again as soon as its
+    owner has renamed it, so whoever gets it then looks whether the number is taken by now.
+    """
+    taken = [re.match(r"(\d{5,})-", found.name) for found in outdir.iterdir()]
+    numbers = [int(match[1]) for match in taken if match]
+    for number in itertools.count(max(numbers, default=-1) + 1):
+        claim = outdir / f"{number:05d}"
+        try:
+            os.mkdir(claim)
+        except FileExistsError:
+            continue
+        if any(outdir.glob(f"{number:05d}-*")):
+            os.rmdir(claim)
+            continue
+        return claim.rename(outdir / f"{number:05d}-{name}")
+    raise AssertionError("numbers do not end")
+
+
+def _images_seen(row: Mapping[str, object]) -> int:
+    images_seen = row["images_seen"]
+    assert isinstance(images_seen, int), row
+    return images_seen
+
+
+def _flush(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _raise_disk_error(error: Exception, path: Path) -> None:
+    """Raise the OSError that made a library fail to write a file, if it was one."""
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors quotes it
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    if path.parent.is_dir() and not path.is_dir():
+        with path.open("ab") as file:
+            file.write(bytes(1 << 20))
