@@ -1,0 +1,159 @@
+"""Which process this is, on which device, and the few things that processes do together.
+
+Under torchrun there is a process group, nccl on CUDA and gloo on a CPU. A single process has none,
+and every function here is then the identity. Left out: sharded parameters; each rank holds whole
+networks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from core.errors import UserError
+
+_TIMEOUT = timedelta(hours=2)
+"""How long a rank waits for another: rank 0 alone may measure a long time."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Rank among the processes of this machine."""
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this is the one process that writes and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def session(device: str = "auto") -> Iterator[World]:
+    """Yield this process's world, in a process group where torchrun started several.
+
+    device: auto (CUDA if there is any), cpu, cuda or cuda:N. Raises UserError if there is none.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world = World(rank, size, local_rank, _device(device, local_rank=local_rank))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if size == 1:
+        yield world
+        return
+    is_cuda = world.device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        timeout=_TIMEOUT,
+        device_id=world.device if is_cuda else None,
+    )
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def mean(tensor: Tensor, world: World) -> Tensor:
+    """Return the mean over ranks of a floating-point tensor, equal on every rank, no graph."""
+    total = tensor.detach().clone()
+    if world.size > 1:
+        dist.all_reduce(total)
+        total /= world.size
+    return total
+
+
+def gather_rows(tensor: Tensor, world: World) -> Tensor:
+    """Return the rows of all ranks, in rank order, on every rank: [sum of N, …] from [N, …].
+
+    N may differ from rank to rank and may be 0. Without graph.
+    """
+    rows = tensor.detach().contiguous()
+    if world.size == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world.size)]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    longest = max(int(count) for count in counts)
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(gathered, padded)
+    parts = zip(gathered, counts, strict=True)
+    return torch.cat([part[: int(count)] for part, count in parts])
+
+
+def shard(total: int, world: World) -> range:
+    """Return this rank's share of range(total): contiguous, in rank order, as even as can be."""
+    return range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
+
+
+def wrap(network: nn.Module, world: World) -> nn.Module:
+    """Return the network whose gradients are averaged over ranks; buffers stay each rank's own."""
+    if world.size == 1:
+        return network
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the network itself, whether or not it was wrapped."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
+
+
+@contextmanager
+def main_first(world: World) -> Iterator[None]:
+    """Let rank 0 run the block before the others do: it fills a cache, they find it filled."""
+    if not world.is_main:
+        barrier(world)
+    try:
+        yield
+    finally:
+        if world.is_main:
+            barrier(world)
+
+
+def main_only(world: World) -> Callable[[logging.LogRecord], bool]:
+    """Return a filter for a logging handler that lets rank 0 alone speak."""
+    return lambda record: world.is_main
+
+
+def _device(name: str, *, local_rank: int) -> torch.device:
+    """Return the device of a name, with this process's own GPU where several share a machine."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = local_rank if device.index is None else device.index
+    available = torch.cuda.device_count()
+    if index >= available:
+        raise UserError(
+            f"device {name!r}: GPU {index} was asked for, {available} found; "
+            "start fewer processes, or use device cpu"
+        )
+    return torch.device("cuda", index)
