@@ -1,7 +1,7 @@
 """EDM's preconditioned denoiser (Karras et al. 2022, arXiv 2206.00364, Table 1, column "Ours").
 
-Fits the published EDM networks of DDPM++, NCSN++ and ADM shape (`EDMPrecond`). Their precision switch
-is left out: everything runs in float32. The older preconditionings (VP, VE, iDDPM) are not here.
+Fits the published EDM networks of DDPM++, NCSN++ and ADM shape (`EDMPrecond`). Their precision
+switch is left out: everything runs in float32. Older preconditionings (VP, VE, iDDPM) are not here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from core.errors import UserError
+from teachers._inputs import check_inputs
 from teachers._unets import DhariwalUNet, SongUNet
 
 _SONG_DEFAULTS = {
@@ -27,13 +28,13 @@ _SONG_ONLY = frozenset(
     ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
 )
 _IGNORED_ARGUMENTS = frozenset(("use_fp16",))
-"""Published arguments without effect here: use_fp16 asks for speed on a GPU, not for other results."""
+"""Published arguments without effect here: use_fp16 is about speed on a GPU, not about results."""
 _SAMPLED_SIGMA_MIN = 0.002
 _SAMPLED_SIGMA_MAX = 80.0
 
 
 class Config(BaseModel):
-    """An EDM denoiser, in the words of the published constructors. Defaults are theirs, by `model_type`."""
+    """An EDM denoiser in the words of the published constructors, with their defaults."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -80,11 +81,11 @@ class Config(BaseModel):
     channel_mult_noise: int = Field(default=1, gt=0)
     """SongUNet only. Channel multiplier of the noise embedding: 1 for DDPM++, 2 for NCSN++."""
     encoder_type: Literal["standard", "skip", "residual"] = "standard"
-    """SongUNet only. How the shrunk input enters the encoder: standard for DDPM++, residual for NCSN++."""
+    """SongUNet only. How the encoder sees the shrunk input: DDPM++ standard, NCSN++ residual."""
     decoder_type: Literal["standard", "skip"] = "standard"
     """SongUNet only. Output at the finest resolution, or summed over all of them (skip)."""
     resample_filter: tuple[int, ...] = Field(default=(1, 1), min_length=2)
-    """SongUNet only. Taps of the resampling filter: 1, 1 for DDPM++; 1, 3, 3, 1 for NCSN++."""
+    """SongUNet only. Even number of resampling filter taps: DDPM++ 1, 1; NCSN++ 1, 3, 3, 1."""
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +103,8 @@ class Config(BaseModel):
                 raise ValueError(
                     f"{', '.join(foreign)}: only for SongUNet; remove or change model_type"
                 )
+        if len(self.resample_filter) % 2:
+            raise ValueError(f"resample_filter has {len(self.resample_filter)} taps; make it even")
         coarsest = 1 << (len(self.channel_mult) - 1)
         if self.img_resolution % coarsest:
             raise ValueError(
@@ -114,7 +117,10 @@ class Config(BaseModel):
 
 
 class EDMDenoiser(nn.Module):
-    """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise) (EDM, Eq. 7). A `core.protocols.Denoiser`."""
+    """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise) (EDM, Eq. 7).
+
+    A `core.protocols.Denoiser`. Dropout is its only randomness, and only in train mode.
+    """
 
     def __init__(self, network: nn.Module, config: Config) -> None:
         super().__init__()
@@ -136,11 +142,14 @@ class EDMDenoiser(nn.Module):
     ) -> Tensor:
         """Return E[x | noisy] [N, C, H, W] float32 for noisy = x + sigma n.
 
-        noisy: [N, C, H, W]. sigma: [N], pixel units. labels: [N] int64; None is the zero vector as published,
-        that is, no class. augment_labels: [N, augment_dim]; None is no augmentation.
+        noisy: [N, C, H, W]. sigma: [N], pixel units. labels: [N] int64; None is the published zero
+        vector, that is, no class. augment_labels: [N, augment_dim]; None is no augmentation.
         Raises ValueError where a shape does not fit.
         """
-        self._check_shapes(noisy, sigma, labels, augment_labels)
+        check_inputs(
+            noisy, sigma, labels, image_shape=self.image_shape, num_classes=self.num_classes
+        )
+        self._check_augment_labels(augment_labels, images=len(noisy))
         noisy, sigma = noisy.float(), sigma.float()
         level = sigma[:, None, None, None]
         variance = level.square() + self.sigma_data**2
@@ -158,22 +167,14 @@ class EDMDenoiser(nn.Module):
             return noisy.new_zeros(len(noisy), self.num_classes)
         return F.one_hot(labels.long(), self.num_classes).to(noisy.dtype)
 
-    def _check_shapes(
-        self, noisy: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None
-    ) -> None:
-        count = len(noisy)
-        _check_shape("noisy", noisy, (count, *self.image_shape))
-        _check_shape("sigma", sigma, (count,))
-        if labels is not None:
-            if self.num_classes == 0:
-                raise ValueError("labels given to an unconditional denoiser; pass labels=None")
-            _check_shape("labels", labels, (count,))
-        if augment_labels is not None:
-            if self.augment_dim == 0:
-                raise ValueError(
-                    "augment_labels given to a denoiser without augment_dim; pass None"
-                )
-            _check_shape("augment_labels", augment_labels, (count, self.augment_dim))
+    def _check_augment_labels(self, augment_labels: Tensor | None, *, images: int) -> None:
+        if augment_labels is None:
+            return
+        if self.augment_dim == 0:
+            raise ValueError("augment_labels given to a denoiser trained without; pass None")
+        if augment_labels.shape != (images, self.augment_dim):
+            came, expected = list(augment_labels.shape), [images, self.augment_dim]
+            raise ValueError(f"augment_labels has shape {came}, expected {expected}")
 
 
 def build(config: Config) -> EDMDenoiser:
@@ -217,8 +218,3 @@ def from_record(class_name: str, arguments: Mapping[str, object]) -> Config | No
         raise UserError(
             f"EDMPrecond network with arguments that EDM's constructor does not take: {problems}"
         ) from error
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected)}")

@@ -1,4 +1,4 @@
-"""EDM denoisers against the published implementation's numbers, and the identities of their preconditioning."""
+"""EDM denoisers against the published numbers, and the identities of their preconditioning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.errors import UserError
 from teachers.edm import Config, EDMDenoiser, build, from_record
 
 GOLDENS = Path(__file__).parent / "goldens"
