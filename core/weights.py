@@ -97,11 +97,21 @@ def save(
         metadata["provenance"] = _json(dict(provenance))
     own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     content = safetensors.torch.save({k: v.contiguous() for k, v in own.items()}, metadata)
-    _write(Path(path), content)
+    _write(Path(path), _in_order(content))
 
 
 def _json(value: Mapping[str, object]) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _in_order(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted: the library shuffles them at each save."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _write(path: Path, content: bytes) -> None:
