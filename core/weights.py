@@ -105,7 +105,7 @@ def _json(value: Mapping[str, object]) -> str:
 
 
 def _in_order(content: bytes) -> bytes:
-    """Return a safetensors file with its metadata sorted: the library shuffles them at each save."""
+    """Return a safetensors file with its metadata sorted: the library shuffles it each time."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
