@@ -17,30 +17,37 @@ from torch import Tensor
 from eval.samples import Pairs
 
 _BEFORE, _AFTER, _QUIET, _INK = "#8a8f98", "#1f6feb", "#57606a", "#1f2328"
-_LEVEL_COLOURS = ("#cf6a1b", "#2d8a4e", "#8250df")
+_LEVEL_COLOURS = ("#2d8a4e", "#cf6a1b", "#8250df")
 _TILE = 72
 """Pixels of the longer side of an image in a picture, at least."""
 _LEFT, _TOP, _SEAM, _GAP = 92, 58, 4, 18
 """Margins, the space between images, and the space between rows of pairs, in pixels."""
+_WIDEST = 2048
+"""Pixels that all images of a row may take."""
 
 
 def pairs_picture(pairs: Pairs) -> bytes:
     """Return a PNG of pairs, before above after, a column for each class or 8 of them."""
-    columns = _columns(pairs)
-    before, after = (_tiles(images, columns) for images in (pairs.before, pairs.after))
-    _, _, tile_height, tile_width, _ = before.shape
+    before, after = _tiles(pairs.before), _tiles(pairs.after)
+    count, tile_height, tile_width, _ = before.shape
+    columns = _columns(pairs, tile_width)
+    labels = _labels(pairs, columns)
+    rows = -(-count // columns)
+    gap = _GAP + 20 * any(labels[columns:])
     top = _TOP + 20 * bool(pairs.labels)
-    pitch = 2 * tile_height + _SEAM + _GAP
-    width = _LEFT + columns * (tile_width + _SEAM) + 20
-    figure = _figure(width, top + len(before) * pitch + 8)
+    pitch = 2 * tile_height + _SEAM + gap
+    figure = _figure(_LEFT + columns * (tile_width + _SEAM) + 20, top + rows * pitch + 24 - gap)
     _text(figure, _LEFT, 26, "Same latents, before and after refinement", size=13, weight="bold")
-    for row in range(len(before)):
-        y = top + row * pitch
-        _row(figure, before[row], y, name="before", colour=_BEFORE)
-        _row(figure, after[row], y + tile_height + _SEAM, name="after", colour=_AFTER)
-    for column, label in enumerate((pairs.labels or ())[:columns]):
-        x = _LEFT + column * (tile_width + _SEAM) + tile_width / 2
-        _text(figure, x, top - 14, str(label), colour=_QUIET, align="center")
+    for row in range(rows):
+        middle = top + row * pitch + tile_height / 2
+        _row_name(figure, middle, "before", colour=_BEFORE)
+        _row_name(figure, middle + tile_height + _SEAM, "after", colour=_AFTER)
+    for index in range(count):
+        row, column = divmod(index, columns)
+        x, y = _LEFT + column * (tile_width + _SEAM), top + row * pitch
+        _paste(figure, before[index], x, y)
+        _paste(figure, after[index], x, y + tile_height + _SEAM)
+        _text(figure, x + tile_width / 2, y - 12, labels[index], colour=_QUIET, align="center")
     return _png(figure)
 
 
@@ -60,9 +67,14 @@ def curve_picture(
     axes.plot(kimg, values, color=_AFTER, linewidth=2.2, marker="o", markersize=4.5, zorder=3)
     for place in sorted({0, len(points) - 1}):
         _value(axes, kimg[place], values[place])
-    for (name, value), colour in zip(known.items(), _LEVEL_COLOURS, strict=False):
-        _level(axes, value, name=name, colour=colour)
-    axes.set_ylim(0, 1.12 * max([*values, *known.values()]))
+    top = 1.12 * max([*values, *known.values()])
+    axes.set_ylim(0, top)
+    label_y = 0.0
+    for place, (name, value) in enumerate(sorted(known.items(), key=lambda item: item[1])):
+        label_y = max(value, label_y)
+        colour = _LEVEL_COLOURS[place % len(_LEVEL_COLOURS)]
+        _level(axes, value, name=name, colour=colour, label_y=label_y)
+        label_y += 0.1 * top  # the next label must not touch this one
     axes.set_xlabel("images seen (thousands)", color=_QUIET)
     axes.set_ylabel(metric, color=_QUIET)
     _clean(axes)
@@ -70,26 +82,28 @@ def curve_picture(
     return _png(figure)
 
 
-def _row(figure: Figure, tiles: np.ndarray, y: float, *, name: str, colour: str) -> None:
-    """Draw a row of tiles [columns, H, W, 3] with its name at the left."""
-    _, height, width, _ = tiles.shape
-    _text(figure, _LEFT - 12, y + height / 2, name, colour=colour, align="right", weight="bold")
-    for column, tile in enumerate(tiles):
-        _paste(figure, tile, _LEFT + column * (width + _SEAM), y)
-
-
-def _columns(pairs: Pairs) -> int:
+def _columns(pairs: Pairs, tile_width: int) -> int:
+    """Return how many pairs stand in a row: the picture stays narrower than a large screen."""
     classes = len(set(pairs.labels or ()))
-    return min(len(pairs.before), classes if 2 <= classes <= 16 else 8)
+    wanted = classes if 2 <= classes <= 16 else 8
+    return max(1, min(wanted, len(pairs.before), _WIDEST // tile_width))
 
 
-def _tiles(images: Tensor, columns: int) -> np.ndarray:
-    """Return [rows, columns, H, W, 3] uint8, enlarged by a whole factor, full rows only."""
-    rows = len(images) // columns
-    tiles = images[: rows * columns].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+def _labels(pairs: Pairs, columns: int) -> list[str]:
+    """Return each pair's class, or nothing where the one above it already says so."""
+    if pairs.labels is None:
+        return [""] * len(pairs.before)
+    return [
+        "" if index >= columns and pairs.labels[index - columns] == label else str(label)
+        for index, label in enumerate(pairs.labels)
+    ]
+
+
+def _tiles(images: Tensor) -> np.ndarray:
+    """Return [N, H, W, 3] uint8, enlarged by a whole factor where images are small."""
+    tiles = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     scale = max(1, -(-_TILE // max(tiles.shape[1:3])))
-    tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
-    return tiles.reshape(rows, columns, *tiles.shape[1:])
+    return tiles.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
 def _figure(width: int, height: int) -> Figure:
@@ -119,16 +133,20 @@ def _text(
     figure.text(x / width, 1 - y / height, text, **style)
 
 
+def _row_name(figure: Figure, y: float, name: str, *, colour: str) -> None:
+    _text(figure, _LEFT - 12, y, name, colour=colour, align="right", weight="bold")
+
+
 def _value(axes: Axes, x: float, y: float) -> None:
     style = {"ha": "center", "va": "bottom", "fontsize": 11, "weight": "bold", "color": _AFTER}
     axes.annotate(_number(y), (x, y), xytext=(0, 8), textcoords="offset points", **style)
 
 
-def _level(axes: Axes, value: float, *, name: str, colour: str) -> None:
+def _level(axes: Axes, value: float, *, name: str, colour: str, label_y: float) -> None:
     axes.axhline(value, color=colour, linestyle="--", linewidth=1.2, zorder=2)
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     label = f"{name}\n{_number(value)}"
-    axes.annotate(label, (1, value), xytext=(6, 0), va="center", color=colour, **place)
+    axes.annotate(label, (1, label_y), xytext=(6, 0), va="center", color=colour, **place)
 
 
 def _number(value: float) -> str:

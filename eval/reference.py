@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -100,7 +101,7 @@ def measure(images: Images, extractor: Extractor, *, batch_size: int = 250) -> R
 
 def save_npz(path: str | Path, reference: Reference) -> None:
     """Write a reference: mu and sigma under their usual names, all else as JSON under `meta`."""
-    meta = {name: getattr(reference, name) for name in _META}
+    meta = {name: getattr(reference, name) for name in _Meta.model_fields}
     moments = {"mu": reference.mean.numpy(), "sigma": reference.covariance.numpy()}
     with atomic_write(Path(path)) as partial:
         np.savez_compressed(partial, **moments, meta=np.array(json.dumps(meta)))
@@ -121,10 +122,18 @@ def read_npz(path: str | Path, extractor: Extractor) -> Reference:
             f"{path} holds {len(mean)} features an image, "
             f"but the extractor {extractor.name} gives {extractor.dimensions}"
         )
-    return Reference(mean, covariance, **meta)
+    return Reference(mean, covariance, **meta.model_dump())
 
 
-_META = ("source", "sha256", "images", "image_shape", "extractor", "extractor_sha256")
+class _Meta(BaseModel):
+    """The fields of `Reference` beside the moments, as they stand in a file."""
+
+    source: str
+    sha256: str
+    images: int | None
+    image_shape: tuple[int, int, int] | None
+    extractor: str
+    extractor_sha256: str | None
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -156,35 +165,30 @@ def _moments(path: Path, arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]
     )
 
 
-def _read_meta(path: Path, array: np.ndarray) -> dict[str, object]:
-    """Return the fields of `Reference` beside the moments."""
+def _read_meta(path: Path, array: np.ndarray) -> _Meta:
     try:
-        meta = json.loads(str(array))
-        meta = {name: meta[name] for name in _META}
-    except (ValueError, KeyError, TypeError) as error:
+        return _Meta.model_validate_json(str(array))
+    except ValidationError as error:
         raise UserError(
-            f"{path}: its 'meta' is not what this version writes ({error!r}); make the file again"
+            f"{path}: its 'meta' is not what this version writes; make the file again"
         ) from error
-    if meta["image_shape"] is not None:
-        meta["image_shape"] = tuple(meta["image_shape"])
-    return meta
 
 
-def _check_extractor(path: Path, meta: dict[str, object], extractor: Extractor) -> None:
-    if meta["extractor_sha256"] is None:
-        fits = meta["extractor"] == extractor.name
+def _check_extractor(path: Path, meta: _Meta, extractor: Extractor) -> None:
+    if meta.extractor_sha256 is None:
+        fits = meta.extractor == extractor.name
     else:
-        fits = meta["extractor_sha256"] == extractor.sha256
+        fits = meta.extractor_sha256 == extractor.sha256
     if fits:
         return
     raise UserError(
-        f"{path} holds features of the extractor {meta['extractor']} "
-        f"(weights {_short(meta['extractor_sha256'])}), but the images are measured with "
+        f"{path} holds features of the extractor {meta.extractor} "
+        f"(weights {_short(meta.extractor_sha256)}), but the images are measured with "
         f"{extractor.name} ({_short(extractor.sha256)}): use one of the two for both"
     )
 
 
-def _published_meta(path: Path, dimensions: int, extractor: Extractor) -> dict[str, object]:
+def _published_meta(path: Path, dimensions: int, extractor: Extractor) -> _Meta:
     """Return what is known of a file of moments alone: by convention they are Inception's."""
     if extractor.name != "inception":
         raise UserError(
@@ -193,15 +197,15 @@ def _published_meta(path: Path, dimensions: int, extractor: Extractor) -> dict[s
             "distance would mean nothing; set the extractor to inception, "
             "or the reference to an image zip or folder"
         )
-    return {
-        "source": path.name,
-        "sha256": sha256_of(path),
-        "images": None,
-        "image_shape": None,
-        "extractor": extractor.name,
-        "extractor_sha256": None,
-    }
+    return _Meta(
+        source=path.name,
+        sha256=sha256_of(path),
+        images=None,
+        image_shape=None,
+        extractor=extractor.name,
+        extractor_sha256=None,
+    )
 
 
-def _short(sha256: object) -> str:
-    return "unknown" if sha256 is None else str(sha256)[:12]
+def _short(sha256: str | None) -> str:
+    return "unknown" if sha256 is None else sha256[:12]

@@ -160,7 +160,7 @@ def write(folder: str | Path, report: Report, pairs: Pairs | None = None) -> Pat
     folder = Path(folder)
     if pairs is not None:
         _write(folder / "report.png", pairs_picture(pairs))
-    if report.curve.points:
+    if len(report.curve.points) > 1:
         _write(folder / "curve.png", _curve_png(report))
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
     _write(folder / "report.json", text.encode())
@@ -383,7 +383,8 @@ def _versions() -> dict[str, str]:
     return {
         ours["name"]: ours["version"],
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "torch-fidelity", "numpy")},
+        "torch": str(torch.__version__),  # with its build, such as +cu128
+        **{name: metadata.version(name) for name in ("torch-fidelity", "numpy")},
     }
 
 

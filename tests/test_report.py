@@ -1,0 +1,164 @@
+"""Reports: the fields for programs, the sentences for readers, the pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.errors import UserError
+from eval import report as reports
+from eval.metrics import MetricResult
+from eval.report import Curve, CurvePoint, Environment, ExtractorName, File, ReferenceName, Report
+from eval.samples import Pairs
+
+REPORT = Report(
+    name="gan-mnist32",
+    before={"fid": MetricResult.of([24.2, 24.1, 23.8])},
+    after={"fid": MetricResult.of([15.3, 15.2, 15.4])},
+    images=10_000,
+    first_seed=50,
+    reference=ReferenceName("digits.zip", "a" * 64, 8000),
+    extractor=ExtractorName("mnist32", "b" * 64),
+    environment=Environment({"torch": "2.9"}, "c" * 40, False, "2 CPU cores"),
+    kernel_backend="reference",
+    student=File("student.safetensors", "d" * 64),
+    teacher=File("teacher.safetensors", None),
+    images_seen=200_000,
+    started_at="2026-01-02T10:00:00+00:00",
+    finished_at="2026-01-02T10:08:00+00:00",
+    durations_seconds={"training": 400.0},
+    curve=Curve((CurvePoint(0, 24.5), CurvePoint(200_000, 15.9)), 5_000, 7.0, 1.0),
+    pair_seeds=(0, 1),
+    recipe={"training": {"seed": 0}},
+)
+
+
+def _pairs(count: int, labels: tuple[int, ...] | None, size: int = 8) -> Pairs:
+    black = torch.zeros(count, 1, size, size, dtype=torch.uint8)
+    return Pairs(tuple(range(count)), black, black + 255, labels)
+
+
+def test_json_has_every_field(tmp_path: Path) -> None:
+    """report.json gives each metric as mean, std and values, and says what was measured on what."""
+    reports.write(tmp_path / "report", REPORT)
+    document = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert document["schema_version"] == 1
+    assert document["before"]["fid"]["values"] == [24.2, 24.1, 23.8]
+    assert document["after"]["fid"]["mean"] == pytest.approx(15.3)
+    assert document["after"]["fid"]["std"] == pytest.approx(0.1)
+    assert document["seeds"] == [[50, 10_050], [10_050, 20_050], [20_050, 30_050]]
+    assert document["reference"] == {"name": "digits.zip", "sha256": "a" * 64, "images": 8000}
+    assert document["extractor"] == {"name": "mnist32", "sha256": "b" * 64}
+    assert document["curve"]["points"] == [[0, 24.5], [200_000, 15.9]]
+    assert document["environment"]["git_commit"] == "c" * 40
+    assert (document["truncation"], document["noise_mode"]) == (1.0, "const")
+    assert document["recipe"] == {"training": {"seed": 0}}
+
+
+def test_a_report_is_read_back(tmp_path: Path) -> None:
+    """What report.json holds is the whole report."""
+    reports.write(tmp_path, REPORT)
+    assert reports.read(tmp_path / "report.json") == REPORT
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', '{"schema_version": 1}'])
+def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
+    """Half a file, another form, another version: a sentence that names the file."""
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UserError, match=r"report\.json"):
+        reports.read(tmp_path / "report.json")
+
+
+def test_headline_is_the_result_in_a_line() -> None:
+    """The headline has before, after and the change in percent."""
+    assert reports.headline(REPORT) == "FID (mnist32 features) 24.0 ± 0.2 → 15.3 ± 0.1 (-36 %)"
+    inception = replace(REPORT, extractor=ExtractorName("inception", "b" * 64))
+    assert reports.headline(inception).startswith("FID 24.0")
+
+
+def test_markdown_names_the_extractor_and_warns() -> None:
+    """A reader of digit-network distances is told that they are not Inception's."""
+    text = reports.markdown(REPORT, pictures=["report.png"])
+    assert "features of `mnist32`, not Inception: not comparable" in text
+    assert "![Pairs" in text and "(report.png)" in text and "curve.png" not in text
+
+
+def test_inception_needs_no_such_warning() -> None:
+    """A clean report of Inception FIDs of enough images has no warning."""
+    assert reports.warnings(replace(REPORT, extractor=ExtractorName("inception", "b" * 64))) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"after": {"fid": MetricResult.of([24.3, 23.9, 24.0])}}, "no change was shown"),
+        (
+            {"before": {"fid": MetricResult.of([24])}, "after": {"fid": MetricResult.of([15])}},
+            "spread is not known",
+        ),
+        ({"images": 500}, "500 images: a Fréchet distance of so few"),
+        (
+            {"environment": replace(REPORT.environment, git_dirty=True)},
+            "changes that are in no commit",
+        ),
+    ],
+)
+def test_warnings_say_what_a_reader_must_know(change: dict[str, object], message: str) -> None:
+    """A change within the spread, one seed, few images, a dirty checkout: a sentence each."""
+    assert any(message in warning for warning in reports.warnings(replace(REPORT, **change)))
+    assert not any(message in warning for warning in reports.warnings(REPORT))
+
+
+def test_summary_is_a_small_table() -> None:
+    """The terminal gets a line a metric below a heading, columns aligned, and the warnings."""
+    lines = reports.summary(REPORT).splitlines()
+    assert lines[0].split() == ["before", "after", "change"]
+    assert lines[1].endswith("24.0 ± 0.2  15.3 ± 0.1   -36 %")
+    assert len(lines[0]) == len(lines[1])
+    assert lines[2].startswith("! ")
+
+
+def test_pictures_are_written_beside_the_text(tmp_path: Path) -> None:
+    """A report with pairs and a curve has both pictures, and nothing half-written beside."""
+    path = reports.write(tmp_path / "report", REPORT, _pairs(4, (0, 1, 0, 1)))
+    names = {file.name for file in path.parent.iterdir()}
+    assert names == {"report.json", "report.md", "report.png", "curve.png"}
+    assert "(curve.png)" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "rows", "columns"),
+    [(4, (0, 1, 0, 1), 2, 2), (5, (0, 1, 0, 1, 0), 3, 2), (16, None, 2, 8), (3, None, 1, 3)],
+)
+def test_every_pair_is_in_the_picture(
+    tmp_path: Path, count: int, labels: tuple[int, ...] | None, rows: int, columns: int
+) -> None:
+    """Each black before-image is there in full, in a column for each class or 8 of them."""
+    reports.write(tmp_path, REPORT, _pairs(count, labels))
+    picture = Image.open(tmp_path / "report.png").convert("L")
+    black = int((np.asarray(picture) == 0).sum())
+    assert count * 72 * 72 <= black < count * 72 * 72 + 300
+    assert picture.width == 92 + columns * 76 + 20
+    assert abs(picture.height - rows * 166) < 90
+
+
+def test_the_curve_has_its_size(tmp_path: Path) -> None:
+    """curve.png is 860 x 470; a single point makes no curve."""
+    reports.write(tmp_path / "two", REPORT)
+    assert Image.open(tmp_path / "two" / "curve.png").size == (860, 470)
+    reports.write(tmp_path / "one", replace(REPORT, curve=Curve((CurvePoint(0, 24.5),))))
+    assert not (tmp_path / "one" / "curve.png").exists()
+
+
+def test_environment_says_what_runs_here() -> None:
+    """Versions of what matters, and the hardware in words."""
+    environment = Environment.here("cpu")
+    assert environment.versions["torch"] == str(torch.__version__)
+    assert {"python", "torch-fidelity"} <= environment.versions.keys()
+    assert "CPU cores" in environment.hardware

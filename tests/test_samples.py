@@ -1,0 +1,146 @@
+"""Images from seeds: a seed is one image, in any batch, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.distributed import World
+from core.errors import UserError
+from eval import features, samples
+from eval.metrics import FeatureStatistics, frechet_distance
+
+PIXELS = features.load("pixels")
+CPU = torch.device("cpu")
+
+
+class TinyStudent(nn.Module):
+    """A student whose images depend on latent, label and mode: dropout is on in train mode."""
+
+    latent_shape = (6,)
+    image_shape = (1, 3, 3)
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(6, 9, generator=generator) / 3)
+        self.noise = nn.Dropout(0.5)
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is not None
+        mixed = latents @ self.weight + labels[:, None] / 4 - 0.4
+        return self.noise(torch.tanh(mixed)).view(-1, 1, 3, 3)
+
+
+def _images(student: nn.Module, seeds: Iterable[int], batch_size: int) -> Tensor:
+    batches = samples.generate(student, list(seeds), batch_size=batch_size, device="cpu")
+    return torch.cat(list(batches))
+
+
+def test_a_seeds_latent_is_the_published_programs() -> None:
+    """Seed s is the first normals of a new RandomState(s), bit for bit."""
+    latents, labels = samples.latents_and_labels([3, 85], latent_shape=(511,), num_classes=0)
+    for row, seed in zip(latents, (3, 85), strict=True):
+        expected = np.random.RandomState(seed).randn(1, 511).astype(np.float32)
+        assert np.array_equal(row.numpy(), expected[0])
+    assert labels is None
+
+
+def test_inputs_depend_on_the_seed_alone() -> None:
+    """Latents and labels of a seed are the same bits in any company and order."""
+    together = samples.latents_and_labels(range(20), latent_shape=(2, 3), num_classes=7)
+    alone = samples.latents_and_labels([13], latent_shape=(2, 3), num_classes=7)
+    assert torch.equal(together.latents[13:14], alone.latents)
+    assert torch.equal(together.labels[13:14], alone.labels)
+
+
+def test_labels_are_uniform() -> None:
+    """Over 4,000 seeds each of 4 classes comes about equally often (5 standard deviations)."""
+    labels = samples.latents_and_labels(range(4000), latent_shape=(2,), num_classes=4).labels
+    counts = torch.bincount(labels, minlength=4)
+    assert len(counts) == 4 and (counts - 1000).abs().max() < 5 * (4000 * 3 / 16) ** 0.5
+
+
+def test_uint8_is_that_of_the_published_programs() -> None:
+    """127.5 x + 128, clipped, fraction dropped: -1 is 0, 0 is 128, 1 and more is 255."""
+    floats = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.0039, 1.0, 3.0])
+    assert samples.to_uint8(floats).tolist() == [0, 0, 0, 128, 128, 255, 255]
+
+
+def test_images_do_not_depend_on_the_batch_size() -> None:
+    """Batches of 7 and of 64 give the same images, up to one step where rounding decides."""
+    student = TinyStudent()
+    found, expected = _images(student, range(50), 7), _images(student, range(50), 64)
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_student_is_measured_in_eval_mode_and_left_as_it_was() -> None:
+    """Images are those of eval mode; afterwards each module has the mode that it had."""
+    student = TinyStudent().train()
+    student.extra = nn.Dropout().eval()
+    expected = _images(TinyStudent().eval(), range(8), 8)
+    assert torch.equal(_images(student, range(8), 8), expected)
+    assert student.training and student.noise.training and not student.extra.training
+
+
+def test_statistics_do_not_depend_on_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks with shares of 17 seeds get together what one rank gets alone, each the same."""
+    images_of = samples.student_images(TinyStudent(), device="cpu")
+
+    def measured(world: World) -> FeatureStatistics:
+        return samples.generated_statistics(images_of, range(17), PIXELS, batch_size=4, world=world)
+
+    alone = measured(World(0, 1, 0, CPU))
+    worlds = [World(rank, 3, rank, CPU) for rank in range(3)]
+    rows: list[Tensor] = []
+    monkeypatch.setattr(samples, "gather_rows", lambda row, world: rows.append(row) or row)
+    for world in worlds:
+        measured(world)
+    assert [int(row[0, 0]) for row in rows] == [5, 6, 6]
+    monkeypatch.setattr(samples, "gather_rows", lambda row, world: torch.cat(rows))
+    for world in worlds:
+        together = measured(world)
+        assert together.count == 17
+        torch.testing.assert_close(together.mean, alone.mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(together.scatter, alone.scatter, rtol=1e-12, atol=1e-12)
+
+
+def test_fid_is_over_disjoint_ranges_of_seeds() -> None:
+    """Value k is the distance of seeds first + k * images and following, in any batch size."""
+    student = TinyStudent()
+    reference = FeatureStatistics.of(torch.rand(50, 9, generator=torch.Generator().manual_seed(1)))
+    result = samples.fid_over_seeds(
+        student, PIXELS, reference, images=30, seeds=2, batch_size=7, first_seed=100
+    )
+    for value, start in zip(result.values, (100, 130), strict=True):
+        images = _images(student, range(start, start + 30), 30)
+        expected = frechet_distance(FeatureStatistics.of(PIXELS(images)), reference)
+        assert value == pytest.approx(expected, rel=1e-6)
+
+
+def test_fewer_images_than_ranks_are_refused() -> None:
+    """A rank without an image would have no statistics: the user is told."""
+    images_of = samples.student_images(TinyStudent(), device="cpu")
+    with pytest.raises(UserError, match="2 images are fewer than 3 ranks"):
+        samples.generated_statistics(
+            images_of, range(2), PIXELS, batch_size=4, world=World(0, 3, 0, CPU)
+        )
+
+
+def test_pairs_are_ordered_by_class() -> None:
+    """Pair k shows class k modulo the number of classes; every seed is used once."""
+    student = TinyStudent()
+    found = samples.pairs(student, student, count=10, device="cpu")
+    assert found.labels == (0, 1, 2, 3, 0, 1, 2, 3, 0, 1)
+    assert len(set(found.seeds)) == 10
+    assert torch.equal(found.before, _images(student, found.seeds, 10))
+
+
+def test_pairs_without_classes_are_the_first_seeds() -> None:
+    """Without classes, the picture shows consecutive seeds."""
+    assert samples.pair_seeds(4, latent_shape=(2,), num_classes=0, first_seed=5) == [5, 6, 7, 8]
