@@ -124,6 +124,7 @@ class EDMDenoiser(nn.Module):
 
     def __init__(self, network: nn.Module, config: Config) -> None:
         super().__init__()
+        self.config = config
         self.image_shape = (config.img_channels, config.img_resolution, config.img_resolution)
         self.num_classes = config.label_dim
         self.augment_dim = config.augment_dim
