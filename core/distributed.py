@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import UserError
 
+T = TypeVar("T")
 _TIMEOUT = timedelta(hours=2)
 """How long a rank waits for another: rank 0 alone may measure a long time."""
 
@@ -94,6 +96,15 @@ def gather_rows(tensor: Tensor, world: World) -> Tensor:
     dist.all_gather(gathered, padded)
     parts = zip(gathered, counts, strict=True)
     return torch.cat([part[: int(count)] for part, count in parts])
+
+
+def from_main(value: T, world: World) -> T:
+    """Return rank 0's value on every rank; what the others gave is dropped."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    return box[0]
 
 
 def shard(total: int, world: World) -> range:

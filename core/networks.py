@@ -36,16 +36,20 @@ def load(folder: str, source: str | Path, *, records: Sequence[str]) -> nn.Modul
 
 def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | None = None) -> None:
     """Write a network of ours so that `load` rebuilds it. Raises UserError where the disk refuses."""
-    family = type(network).__module__.rpartition(".")[2]
     shape = network.config
-    assert isinstance(shape, BaseModel), family
+    assert isinstance(shape, BaseModel), type(network)
     weights.save(
         path,
-        family=family,
+        family=family_of(network),
         config=shape.model_dump(mode="json"),
         tensors=network.state_dict(),
         provenance=provenance,
     )
+
+
+def family_of(network: nn.Module) -> str:
+    """Return the name of the plug-in that a network of ours comes from."""
+    return type(network).__module__.rpartition(".")[2]
 
 
 def _claimed(
@@ -53,7 +57,9 @@ def _claimed(
 ) -> tuple[str, dict[str, object]]:
     """Return the family that knows the record's class, and its Config as plain data."""
     for family in plugins.names(folder):
-        shape = plugins.load(folder, family).from_record(record.class_name, record.arguments)
+        module = plugins.load(folder, family)
+        named = dict(zip(module.POSITIONAL, record.positional, strict=False))
+        shape = module.from_record(record.class_name, {**named, **record.arguments})
         if shape is not None:
             return family, shape.model_dump(mode="json")
     raise UserError(

@@ -84,6 +84,10 @@ class Config(Section):
         return min(self.channel_base // resolution, self.channel_max)
 
 
+POSITIONAL = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
+"""Names of the published constructor's positional arguments."""
+
+
 def build(config: Config) -> StyleGAN2:
     """Return a student of this shape with freshly drawn weights."""
     return StyleGAN2(config)
@@ -147,6 +151,16 @@ class StyleGAN2(nn.Module):
         return self.synthesis(
             self.mapping(latents, labels, truncation=truncation), noise_mode=noise_mode
         )
+
+
+    @torch.no_grad()
+    def settle(self, *, count: int = 10_000) -> None:
+        """Set w_avg, the centre of truncation, to the mean w of fixed draws under these weights."""
+        draws = torch.Generator().manual_seed(0)
+        device = self.mapping.w_avg.device
+        latents = torch.randn(count, *self.latent_shape, generator=draws).to(device)
+        labels = torch.arange(count, device=device) % self.num_classes if self.num_classes else None
+        self.mapping.w_avg.copy_(self.mapping.one(latents, labels).mean(0))
 
 
 class Synthesis(nn.Module):

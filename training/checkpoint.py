@@ -32,6 +32,12 @@ def newest(folder: RunFolder) -> Path | None:
     return next(reversed(_all(folder)), None)
 
 
+def images_saved(folder: RunFolder) -> int:
+    """Return how many images the newest checkpoint has seen; 0 where there is none."""
+    path = newest(folder)
+    return 0 if path is None else int(path.stem)
+
+
 def restore(state: TrainState, path: Path) -> None:
     """Set the state to what a checkpoint holds. Raises UserError where the file is damaged or does not fit."""
     try:

@@ -1,0 +1,230 @@
+"""The program that makes the embedded default from a zip of 32x32 digits: one command a part.
+
+    python -m assets.mnist32.make features DIGITS.zip     the feature network, and the accuracy it reaches
+    python -m assets.mnist32.make reference DIGITS.zip    statistics of the real digits, and the floor
+    python -m assets.mnist32.make student DIGITS.zip      the GAN, adversarially, and its curve
+    python -m assets.mnist32.make teacher DIGITS.zip      the diffusion model, and its curve
+
+`features` comes first, `reference` second: the others measure with them. Each writes its files beside this one.
+README.md says what was run and what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assets.mnist32 import adversarial, denoising
+from core import networks
+from core.run_folder import atomic_write
+from data.images import Images
+from eval import features, reference
+from eval.metrics import FeatureStatistics, frechet_distance
+from eval.samples import generated_statistics, latents_and_labels, student_images, to_uint8
+from generators import stylegan2
+from teachers import edm
+from teachers.sampling import heun
+
+HERE = Path(__file__).parent
+STUDENT = stylegan2.Config(
+    z_dim=64,
+    w_dim=64,
+    c_dim=10,
+    img_resolution=32,
+    img_channels=1,
+    mapping=stylegan2.MappingConfig(num_layers=2),
+    channel_base=512,
+    channel_max=64,
+)
+TEACHER = edm.Config(
+    img_resolution=32,
+    img_channels=1,
+    label_dim=10,
+    model_type="SongUNet",
+    model_channels=16,
+    channel_mult=(1, 2, 4),
+    num_blocks=1,
+    attn_resolutions=(8,),
+    dropout=0.0,
+)
+HELD_OUT = 1000
+"""Digits that the feature network never sees: its accuracy is measured on them."""
+_source = click.argument("source", type=click.Path(exists=True, path_type=Path))
+
+
+@click.group()
+def main() -> None:
+    """Make the embedded default again."""
+
+
+@main.command("features")
+@_source
+@click.option("--epochs", default=14, show_default=True)
+def make_features(source: Path, epochs: int) -> None:
+    """Train the digit classifier whose penultimate features serve the FID."""
+    images, labels = _digits(source)
+    torch.manual_seed(0)
+    classifier = features.Classifier(features.Config())
+    classifier.to(memory_format=torch.channels_last)
+    rows = list(_fit(classifier, images[HELD_OUT:], labels[HELD_OUT:], epochs=epochs))
+    accuracy = _accuracy(classifier, images[:HELD_OUT], labels[:HELD_OUT])
+    result = {"accuracy": accuracy, "held_out": HELD_OUT, "epochs": epochs, "losses": rows}
+    click.echo(f"{accuracy:.2%} of {HELD_OUT} digits it has not seen")
+    features.save_classifier(HERE / "features.safetensors", classifier, provenance=result)
+
+
+@main.command("reference")
+@_source
+def make_reference(source: Path) -> None:
+    """Measure the real digits, and halves of them against each other: the floor."""
+    extractor = features.load("mnist32")
+    found = Images(source)
+    reference.save_npz(HERE / "reference.npz", reference.measure(found, extractor))
+    pixels = found.load_all()
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    first, second = (FeatureStatistics.of(extractor(pixels[half])) for half in order.chunk(2))
+    floor = frechet_distance(first, second)
+    click.echo(
+        f"FID of {len(pixels) // 2} real digits against {len(pixels) // 2} others: {floor:.3f}"
+    )
+    _write_json(HERE / "floor.json", {"fid": floor, "images": len(pixels) // 2})
+
+
+@main.command("student")
+@_source
+@click.option("--kimg", default=300.0, show_default=True, help="Length in thousands of digits.")
+@click.option("--every-kimg", default=10.0, show_default=True, help="Between measurements.")
+def make_student(source: Path, kimg: float, every_kimg: float) -> None:
+    """Train the GAN to its plateau; the best of its measured moving averages is kept."""
+    images, labels = _digits(source)
+    torch.manual_seed(0)
+    student = stylegan2.build(STUDENT).to(memory_format=torch.channels_last)
+    steps = adversarial.train(student, images, labels, adversarial.Settings(total_kimg=kimg))
+    fid = _student_fid(count=5000)
+    _keep_best("student", steps, fid, every_kimg=every_kimg)
+
+
+@main.command("teacher")
+@_source
+@click.option("--kimg", default=220.0, show_default=True, help="Length in thousands of digits.")
+@click.option("--every-kimg", default=20.0, show_default=True, help="Between measurements.")
+def make_teacher(source: Path, kimg: float, every_kimg: float) -> None:
+    """Train the diffusion model; the best of its measured moving averages is kept."""
+    images, labels = _digits(source)
+    torch.manual_seed(0)
+    teacher = edm.build(TEACHER).to(memory_format=torch.channels_last)
+    steps = denoising.train(teacher, images, labels, denoising.Settings(total_kimg=kimg))
+    fid = _teacher_fid(count=1000)
+    _keep_best("teacher", steps, fid, every_kimg=every_kimg)
+
+
+Steps = Iterator[tuple[int, nn.Module, dict[str, float]]]
+
+
+def _keep_best(
+    part: str, steps: Steps, fid: Callable[[nn.Module], float], *, every_kimg: float
+) -> None:
+    """Write the network with the lowest FID so far, and the curve, whenever one is measured."""
+    curve: list[dict[str, float]] = []
+    started = time.monotonic()
+    due = every_kimg * 1000
+    for images_seen, network, readings in steps:
+        if images_seen < due:
+            continue
+        due += every_kimg * 1000
+        row = {"images_seen": images_seen, "fid": fid(network), **readings}
+        row["seconds"] = round(time.monotonic() - started, 1)
+        click.echo(json.dumps(row))
+        if row["fid"] < min((old["fid"] for old in curve), default=float("inf")):
+            networks.save(HERE / f"{part}.safetensors", network, provenance=row)
+        curve.append(row)
+        _write_json(HERE / f"{part}-curve.json", curve)
+
+
+def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
+    """Return a function from a student to its FID on images of the first seeds."""
+    return lambda student: _fid(student_images(student, device="cpu"), count=count)
+
+
+def _teacher_fid(*, count: int) -> Callable[[nn.Module], float]:
+    """Return a function from a teacher to the FID of its 18-step samples."""
+
+    def samples(teacher: edm.EDMDenoiser) -> Callable[[Sequence[int]], Tensor]:
+        def images_of(seeds: Sequence[int]) -> Tensor:
+            inputs = latents_and_labels(seeds, latent_shape=(1, 32, 32), num_classes=10)
+            with torch.no_grad():
+                return to_uint8(heun(teacher, inputs.latents, inputs.labels, steps=18))
+
+        return images_of
+
+    return lambda teacher: _fid(samples(teacher), count=count)
+
+
+def _fid(images_of: Callable[[Sequence[int]], Tensor], *, count: int) -> float:
+    extractor = features.load("mnist32")
+    real = reference.read_npz(HERE / "reference.npz", extractor)
+    made = generated_statistics(images_of, range(count), extractor, batch_size=100)
+    return frechet_distance(made, real)
+
+
+def _write_json(path: Path, content: object) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _digits(source: Path) -> tuple[Tensor, Tensor]:
+    """Return images [N, 1, 32, 32] float32 in [-1, 1] and labels [N]."""
+    images = Images(source)
+    if images.image_shape != (1, 32, 32) or images.labels is None:
+        raise click.UsageError(f"{source}: expected labelled 32x32 grey images")
+    pixels = images.load_all().float() / 127.5 - 1
+    return pixels.to(memory_format=torch.channels_last), images.labels
+
+
+def _fit(
+    classifier: features.Classifier, images: Tensor, labels: Tensor, *, epochs: int, size: int = 64
+) -> Iterator[float]:
+    """Yield the mean loss of each epoch: Adam, one-cycle learning rate, random affine maps."""
+    adam = torch.optim.Adam(classifier.parameters(), lr=1e-3, weight_decay=1e-5)
+    steps = len(images) // size
+    cycle = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=4e-3, total_steps=epochs * steps)
+    for _ in range(epochs):
+        total = 0.0
+        for chosen in torch.randperm(len(images))[: steps * size].split(size):
+            loss = F.cross_entropy(
+                classifier(_warped(images[chosen])), labels[chosen], label_smoothing=0.05
+            )
+            adam.zero_grad(set_to_none=True)
+            loss.backward()
+            adam.step()
+            cycle.step()
+            total += loss.item()
+        yield total / steps
+
+
+def _warped(images: Tensor) -> Tensor:
+    """Return each image rotated by up to 0.2 rad, scaled by up to 10 % and moved by up to 2 pixels."""
+    count = len(images)
+    angle = (torch.rand(count) * 2 - 1) * 0.2
+    scale = 1 + (torch.rand(count) * 2 - 1) * 0.1
+    move = (torch.rand(count, 2) * 2 - 1) * (2 / 16)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    maps = torch.stack([cos, -sin, move[:, 0], sin, cos, move[:, 1]], 1).reshape(count, 2, 3)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+@torch.no_grad()
+def _accuracy(classifier: features.Classifier, images: Tensor, labels: Tensor) -> float:
+    return float((classifier.eval()(images).argmax(1) == labels).float().mean())
+
+
+if __name__ == "__main__":
+    main()
