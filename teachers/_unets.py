@@ -277,7 +277,11 @@ def _input_layers(
 
 def _skip_channels(encoder: nn.ModuleDict) -> list[int]:
     """Return the channels of each tensor that the encoder hands over, the finest first."""
-    return [layer.out_channels for name, layer in encoder.items() if "aux" not in name]
+    return [
+        layer.out_channels
+        for name, layer in encoder.items()
+        if isinstance(layer, Block | Conv) and "aux" not in name
+    ]
 
 
 def _attention_after_last_block(

@@ -40,7 +40,7 @@ class Config(BaseModel):
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
-        ser_json_inf_nan="strings",
+        allow_inf_nan=False,
         protected_namespaces=(),
     )
 
@@ -52,8 +52,8 @@ class Config(BaseModel):
     """Number of classes; 0 = unconditional."""
     sigma_min: float = Field(default=0.0, ge=0.0)
     """Smallest noise level, in pixel units; 0 = no limit, sampled from 0.002 up."""
-    sigma_max: float = Field(default=math.inf, gt=0.0)
-    """Largest noise level, in pixel units; infinity = no limit, sampled from 80 down."""
+    sigma_max: float | None = Field(default=None, gt=0.0)
+    """Largest noise level, in pixel units; nothing = no limit (infinity), sampled from 80 down."""
     sigma_data: float = Field(default=0.5, gt=0.0)
     """Expected standard deviation of the training images, in pixel units."""
     model_type: Literal["SongUNet", "DhariwalUNet"] = "DhariwalUNet"
@@ -89,10 +89,13 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_song_defaults(cls, values: object) -> object:
-        if isinstance(values, Mapping) and values.get("model_type") == "SongUNet":
-            return {**_SONG_DEFAULTS, **values}
-        return values
+    def _with_published_defaults(cls, values: object) -> object:
+        if not isinstance(values, Mapping):
+            return values
+        defaults = _SONG_DEFAULTS if values.get("model_type") == "SongUNet" else {}
+        # JSON has no infinity, so the open end of the range is written as nothing.
+        unlimited = {"sigma_max": None} if values.get("sigma_max") == math.inf else {}
+        return {**defaults, **values, **unlimited}
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Config:
@@ -111,7 +114,7 @@ class Config(BaseModel):
                 f"img_resolution {self.img_resolution} is not a multiple of {coarsest}, "
                 f"which {len(self.channel_mult)} entries of channel_mult need"
             )
-        if self.sigma_min >= self.sigma_max:
+        if self.sigma_max is not None and self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
         return self
 
@@ -129,7 +132,7 @@ class EDMDenoiser(nn.Module):
         self.num_classes = config.label_dim
         self.augment_dim = config.augment_dim
         self.sigma_min = config.sigma_min or _SAMPLED_SIGMA_MIN
-        self.sigma_max = config.sigma_max if math.isfinite(config.sigma_max) else _SAMPLED_SIGMA_MAX
+        self.sigma_max = config.sigma_max or _SAMPLED_SIGMA_MAX
         self.sigma_data = config.sigma_data
         self.model = network
 

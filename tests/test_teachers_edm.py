@@ -127,8 +127,10 @@ def test_attention_averages_values_by_the_softmax_of_scaled_products() -> None:
 def test_every_parameter_of_every_song_variant_matters(
     encoder_type: str, decoder_type: str
 ) -> None:
-    """No encoder or decoder type leaves a parameter without gradient."""
-    denoiser = tiny_denoiser(encoder_type=encoder_type, decoder_type=decoder_type)
+    """No encoder or decoder type leaves a parameter without gradient, over three resolutions."""
+    denoiser = tiny_denoiser(
+        encoder_type=encoder_type, decoder_type=decoder_type, channel_mult=(1, 2, 3)
+    )
     denoiser(torch.randn(2, 1, 8, 8), torch.tensor([0.5, 2.0])).square().sum().backward()
     idle = [
         name
@@ -260,9 +262,18 @@ def test_config_defaults_follow_the_model_type() -> None:
 
 @pytest.mark.parametrize("config", [TINY_SONG, Config.model_validate(TINY)])
 def test_config_survives_json(config: Config) -> None:
-    """A Config written as JSON reads back equal, its infinite sigma_max included."""
+    """A Config written as JSON reads back equal, and JSON has no infinity."""
     assert Config.model_validate_json(config.model_dump_json()) == config
-    assert Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+    plain = json.dumps(config.model_dump(mode="json"), allow_nan=False)
+    assert Config.model_validate(json.loads(plain)) == config
+
+
+def test_published_infinite_sigma_max_is_no_limit() -> None:
+    """An EDMPrecond record with sigma_max = infinity is the one without sigma_max."""
+    arguments = {"img_resolution": 64, "img_channels": 3}
+    assert from_record("EDMPrecond", arguments | {"sigma_max": math.inf}) == from_record(
+        "EDMPrecond", arguments
+    )
 
 
 @pytest.mark.parametrize(
