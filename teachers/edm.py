@@ -27,6 +27,7 @@ _SONG_DEFAULTS = {
 _SONG_ONLY = frozenset(
     ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
 )
+_NOT_THE_NETWORK = frozenset(("model_type", "sigma_min", "sigma_max", "sigma_data"))
 _IGNORED_ARGUMENTS = frozenset(("use_fp16",))
 """Published arguments without effect here: use_fp16 is about speed on a GPU, not about results."""
 _SAMPLED_SIGMA_MIN = 0.002
@@ -122,7 +123,7 @@ class Config(BaseModel):
 class EDMDenoiser(nn.Module):
     """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise) (EDM, Eq. 7).
 
-    A `core.protocols.Denoiser`. Dropout is its only randomness, and only in train mode.
+    A `core.protocols.Denoiser`. Random (dropout, of features and labels) in train mode only.
     """
 
     def __init__(self, network: nn.Module, config: Config) -> None:
@@ -183,25 +184,10 @@ class EDMDenoiser(nn.Module):
 
 def build(config: Config) -> EDMDenoiser:
     """Return a denoiser with freshly initialised weights."""
-    common = {
-        "label_dropout",
-        "img_resolution",
-        "img_channels",
-        "label_dim",
-        "augment_dim",
-        "dropout",
-    }
-    common |= {
-        "model_channels",
-        "channel_mult",
-        "channel_mult_emb",
-        "num_blocks",
-        "attn_resolutions",
-    }
     if config.model_type == "SongUNet":
-        network = SongUNet(**config.model_dump(include=common | _SONG_ONLY))
+        network = SongUNet(**config.model_dump(exclude=_NOT_THE_NETWORK))
     else:
-        network = DhariwalUNet(**config.model_dump(include=common))
+        network = DhariwalUNet(**config.model_dump(exclude=_NOT_THE_NETWORK | _SONG_ONLY))
     return EDMDenoiser(network, config)
 
 
