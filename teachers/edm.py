@@ -24,10 +24,10 @@ _SONG_DEFAULTS = {
     "num_blocks": 4,
     "attn_resolutions": (16,),
 }
-_SONG_ONLY = frozenset(
+_SONG_ONLY = set(
     ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
 )
-_NOT_THE_NETWORK = frozenset(("model_type", "sigma_min", "sigma_max", "sigma_data"))
+_NOT_THE_NETWORK = {"model_type", "sigma_min", "sigma_max", "sigma_data"}
 _IGNORED_ARGUMENTS = frozenset(("use_fp16",))
 """Published arguments without effect here: use_fp16 is about speed on a GPU, not about results."""
 _SAMPLED_SIGMA_MIN = 0.002
