@@ -1,7 +1,7 @@
 """Networks from files and into files: the one place that turns a weights file into a module of ours.
 
-A family (a plug-in of generators/ or teachers/) has a `Config`, a `build`, and `from_record`, which says whether
-the class and constructor arguments of a published pickle are its own.
+A family (a plug-in of generators/ or teachers/) has a `Config`, a `build`, and `from_record`, which gives the
+Config of a published pickle's network where that network is of this family.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def _claimed(
 ) -> tuple[str, dict[str, object]]:
     """Return the family that knows the record's class, and its Config as plain data."""
     for family in plugins.names(folder):
-        module = plugins.load(folder, family)
-        named = dict(zip(module.POSITIONAL, record.positional, strict=False))
-        shape = module.from_record(record.class_name, {**named, **record.arguments})
+        try:
+            shape = plugins.load(folder, family).from_record(record)
+        except UserError as error:
+            raise UserError(f"{file.path}: {error}") from error
         if shape is not None:
             return family, shape.model_dump(mode="json")
     raise UserError(

@@ -66,6 +66,18 @@ class NetworkRecord:
     attributes: dict[str, object] = field(default_factory=dict, repr=False)
     """Its other public attributes: numbers, strings, arrays."""
 
+    def named_arguments(self, *positional: str) -> dict[str, object]:
+        """Return all constructor arguments by name, given the names of the positional ones.
+
+        Raises UserError where more came without a name.
+        """
+        if len(self.positional) > len(positional):
+            raise UserError(
+                f"the {self.class_name} was made with {len(self.positional)} arguments without a "
+                f"name, expected at most {len(positional)}: {', '.join(positional)}"
+            )
+        return {**dict(zip(positional, self.positional, strict=False)), **self.arguments}
+
 
 def networks(path: str | Path) -> dict[str, NetworkRecord]:
     """Return the records that hold tensors, by their names in the pickle: "G_ema", "ema", …

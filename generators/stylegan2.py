@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from core.config import Section
+from core.config import Section, validate
+from core.pickles import NetworkRecord
 from custom_ops.bias_act import ACTIVATIONS, bias_act
 from custom_ops.upfirdn2d import fir_filter, upfirdn2d
 from generators._layers import FullyConnected, Mapping
@@ -84,37 +85,39 @@ class Config(Section):
         return min(self.channel_base // resolution, self.channel_max)
 
 
-POSITIONAL = ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
-"""Names of the published constructor's positional arguments."""
-
-
 def build(config: Config) -> StyleGAN2:
     """Return a student of this shape with freshly drawn weights."""
     return StyleGAN2(config)
 
 
-def from_record(class_name: str, arguments: MappingOf[str, object]) -> Config | None:
-    """Return the Config of a published pickle's network, or None where it is not a StyleGAN2 generator.
+def from_record(record: NetworkRecord) -> Config | None:
+    """Return the Config of a published pickle's network, or None where it is no StyleGAN2.
 
-    class_name, arguments: the class and constructor arguments that the pickle records.
+    Generators of StyleGAN2 and StyleGAN3 share class name and arguments; only StyleGAN2's starts
+    from a learned constant. Raises UserError where an argument is none of StyleGAN2's.
     """
-    synthesis = _own(arguments.get("synthesis_kwargs"))
-    settings = {**_own(arguments), **synthesis}
-    if class_name != "Generator" or not _STYLEGAN3_ONLY.isdisjoint(settings):
+    if record.class_name != "Generator" or "synthesis.b4.const" not in record.tensors:
         return None
-    known = {name: settings[name] for name in Config.model_fields if name in settings}
-    mapping = _own(arguments.get("mapping_kwargs"))
-    shape = {name: mapping[name] for name in MappingConfig.model_fields if name in mapping}
-    return Config.model_validate({**known, "mapping": shape})
+    arguments = record.named_arguments("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
+    mapping = _section(arguments.pop("mapping_kwargs", None))
+    synthesis = _section(arguments.pop("synthesis_kwargs", None))
+    settings = {**_section(arguments), **synthesis, "mapping": mapping}
+    return validate(Config, settings, source=f"its {record.class_name}")
 
 
-_STYLEGAN3_ONLY = frozenset(
-    {"first_cutoff", "num_critical", "output_scale", "filter_size", "conv_kernel"}
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("num_fp16_res", "use_fp16", "fp16_channels_last", "channels_last"),
+        *("fused_modconv_default", "w_avg_beta"),
+    )
 )
+"""Published arguments about speed on a GPU, or about the published training, not about images."""
 
 
-def _own(value: object) -> dict[str, object]:
-    return {str(k): v for k, v in value.items()} if isinstance(value, MappingOf) else {}
+def _section(arguments: object) -> dict[str, object]:
+    """Return published keyword arguments without those that have no effect here."""
+    found = arguments if isinstance(arguments, MappingOf) else {}
+    return {str(name): value for name, value in found.items() if name not in _WITHOUT_EFFECT}
 
 
 class StyleGAN2(nn.Module):
@@ -151,7 +154,6 @@ class StyleGAN2(nn.Module):
         return self.synthesis(
             self.mapping(latents, labels, truncation=truncation), noise_mode=noise_mode
         )
-
 
     @torch.no_grad()
     def settle(self, *, count: int = 10_000) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.pickles import NetworkRecord
 from teachers._inputs import check_inputs
 from teachers._unets import DhariwalUNet, SongUNet
 
@@ -28,6 +29,11 @@ _SONG_ONLY = set(
     ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
 )
 _NOT_THE_NETWORK = {"model_type", "sigma_min", "sigma_max", "sigma_data"}
+_POSITIONAL_ARGUMENTS = (
+    *("img_resolution", "img_channels", "label_dim", "use_fp16"),
+    *("sigma_min", "sigma_max", "sigma_data", "model_type"),
+)
+"""The published constructor's arguments in their order; the U-Net's own come by name alone."""
 _IGNORED_ARGUMENTS = frozenset(("use_fp16",))
 """Published arguments without effect here: use_fp16 is about speed on a GPU, not about results."""
 _SAMPLED_SIGMA_MIN = 0.002
@@ -191,13 +197,14 @@ def build(config: Config) -> EDMDenoiser:
     return EDMDenoiser(network, config)
 
 
-def from_record(class_name: str, arguments: Mapping[str, object]) -> Config | None:
+def from_record(record: NetworkRecord) -> Config | None:
     """Return the Config of a published pickle's network, or None where it is not an EDM network.
 
     Raises UserError where the class is EDM's but its arguments are not.
     """
-    if class_name != "EDMPrecond":
+    if record.class_name != "EDMPrecond":
         return None
+    arguments = record.named_arguments(*_POSITIONAL_ARGUMENTS)
     kept = {name: value for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS}
     try:
         return Config.model_validate(kept)

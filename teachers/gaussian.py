@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from core.pickles import NetworkRecord
 from teachers._inputs import check_inputs
 
 
@@ -136,7 +137,7 @@ def build(config: Config) -> GaussianMixture:
     return GaussianMixture(means, torch.tensor(config.std).expand(shape), config=config)
 
 
-def from_record(class_name: str, arguments: Mapping[str, object]) -> Config | None:
+def from_record(record: NetworkRecord) -> Config | None:
     """Return None: no published pickle holds a mixture of Gaussians."""
     return None
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.pickles import NetworkRecord
 from teachers.edm import Config, EDMDenoiser, build, from_record
 
 FOLDER = Path(__file__).parent / "goldens"
@@ -39,7 +40,7 @@ def read_golden(name: str) -> Golden:
     """Return a golden network; its one-hot labels as class numbers."""
     with np.load(FOLDER / f"{name}.npz") as archive:
         meta = json.loads(str(archive["meta"]))
-    config = from_record(meta["network"], meta["kwargs"])
+    config = from_record(NetworkRecord(meta["network"], arguments=meta["kwargs"]))
     assert config is not None
     inputs = read_arrays(name, "in")
     if "labels" in inputs:

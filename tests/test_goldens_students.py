@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.pickles import NetworkRecord
 from custom_ops.bias_act import bias_act
 from custom_ops.upfirdn2d import upfirdn2d
 from generators import stylegan2
@@ -29,8 +30,9 @@ def assert_close(actual, expected):
 def load_student(name):
     golden = np.load(GOLDENS / f"{name}.npz")
     arguments = json.loads(str(golden["meta"]))["kwargs"]
-    student = stylegan2.build(stylegan2.from_record("Generator", arguments))
     state = {key[6:]: torch.as_tensor(golden[key]) for key in golden if key.startswith("state/")}
+    record = NetworkRecord("Generator", arguments=arguments, tensors=state)
+    student = stylegan2.build(stylegan2.from_record(record))
     student.load_state_dict(state, strict=True)
     labels = torch.as_tensor(golden["in/c"])
     return (

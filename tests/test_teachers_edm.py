@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from core.errors import UserError
+from core.pickles import NetworkRecord
 from teachers._layers import Block, BlockStyle, Conv, Init
 from teachers.edm import Config, EDMDenoiser, build, from_record
 
@@ -30,6 +31,11 @@ def tiny_denoiser(**settings: object) -> EDMDenoiser:
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return denoiser
+
+
+def published(**arguments: object) -> NetworkRecord:
+    """Return the record of an EDMPrecond with these constructor arguments."""
+    return NetworkRecord("EDMPrecond", arguments=arguments)
 
 
 # Goldens
@@ -78,9 +84,15 @@ def test_channels_last_changes_nothing(name: str) -> None:
 def test_precision_argument_of_published_pickles_changes_nothing() -> None:
     """use_fp16 is accepted and has no effect on the Config."""
     arguments = {"img_resolution": 64, "img_channels": 3, "label_dim": 1000}
-    assert from_record("EDMPrecond", arguments | {"use_fp16": True}) == Config.model_validate(
-        arguments
-    )
+    assert from_record(published(**arguments, use_fp16=True)) == Config.model_validate(arguments)
+
+
+def test_positional_arguments_of_published_pickles_are_read_by_their_place() -> None:
+    """EDMPrecond(64, 3, 1000) is resolution, channels and classes; too many are refused."""
+    expected = Config(img_resolution=64, img_channels=3, label_dim=1000)
+    assert from_record(NetworkRecord("EDMPrecond", positional=(64, 3, 1000))) == expected
+    with pytest.raises(UserError, match="9 arguments without a name, expected at most 8"):
+        from_record(NetworkRecord("EDMPrecond", positional=(0,) * 9))
 
 
 # Layers: the short ways
@@ -271,9 +283,8 @@ def test_config_survives_json(config: Config) -> None:
 def test_published_infinite_sigma_max_is_no_limit() -> None:
     """An EDMPrecond record with sigma_max = infinity is the one without sigma_max."""
     arguments = {"img_resolution": 64, "img_channels": 3}
-    assert from_record("EDMPrecond", arguments | {"sigma_max": math.inf}) == from_record(
-        "EDMPrecond", arguments
-    )
+    unlimited = from_record(published(**arguments, sigma_max=math.inf))
+    assert unlimited == from_record(published(**arguments))
 
 
 @pytest.mark.parametrize(
@@ -301,13 +312,13 @@ def test_noise_range_is_the_sampling_range_where_the_published_one_is_open() -> 
 
 def test_records_of_other_classes_are_left_to_other_families() -> None:
     """A VPPrecond pickle is not an EDM network."""
-    assert from_record("VPPrecond", {"img_resolution": 32, "img_channels": 3}) is None
+    assert from_record(NetworkRecord("VPPrecond", positional=(32, 3))) is None
 
 
 def test_record_with_foreign_arguments_is_a_user_error() -> None:
     """An EDMPrecond record that EDM's constructor would refuse names the argument."""
     with pytest.raises(UserError, match="img_channels"):
-        from_record("EDMPrecond", {"img_resolution": 32})
+        from_record(published(img_resolution=32))
 
 
 def test_copy_is_independent() -> None:

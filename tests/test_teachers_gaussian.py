@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from core.pickles import NetworkRecord
 from teachers.gaussian import Config, GaussianMixture, build, from_record
 
 
@@ -175,4 +176,4 @@ def test_impossible_configs_are_refused(settings: dict[str, object], expected: s
 
 def test_no_published_record_is_a_mixture() -> None:
     """from_record leaves every pickle to other families."""
-    assert from_record("EDMPrecond", {}) is None
+    assert from_record(NetworkRecord("EDMPrecond")) is None
