@@ -29,7 +29,7 @@ from typing import Annotated, cast
 import click
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 import generators
 import teachers
@@ -43,6 +43,7 @@ from core.run_folder import RunFolder, atomic_write
 from custom_ops import backend
 from eval import features, reference, report, samples
 from eval.metrics import MetricResult
+from teachers import sampling
 from training import checkpoint, loop
 from training import state as training_state
 from training.state import TrainState
@@ -143,7 +144,7 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         student = _network("generators", recipe.student, seed=recipe.training.seed)
         teacher = _network("teachers", recipe.teacher, seed=recipe.training.seed)
         _check_fit(student, teacher)
-        extractor, real = _load_reference(recipe.evaluation, student, world)
+        extractor, real = _load_reference(recipe.evaluation, student, teacher, world)
     layout = torch.channels_last
     return Parts(
         student.to(world.device, memory_format=layout),
@@ -188,12 +189,14 @@ def _size(image_shape: tuple[int, int, int]) -> str:
 
 
 def _load_reference(
-    settings: samples.Config, student: nn.Module, world: World
+    settings: samples.Config, student: nn.Module, teacher: nn.Module, world: World
 ) -> tuple[features.Extractor | None, reference.Reference | None]:
     """Return extractor and reference statistics, or nothing where the recipe names no reference."""
     if settings.reference is None:
         return None, None
     extractor = features.load(settings.extractor, world.device)
+    if settings.reference == "teacher":
+        return extractor, _teacher_reference(settings, teacher.to(world.device), extractor)
     real = reference.reference_statistics(_found(settings.reference), extractor)
     if real.image_shape not in (None, tuple(student.image_shape)):
         raise UserError(
@@ -201,6 +204,35 @@ def _load_reference(
             f"the student makes {_size(student.image_shape)}"
         )
     return extractor, real
+
+
+def _teacher_reference(
+    settings: samples.Config, teacher: nn.Module, extractor: features.Extractor
+) -> reference.Reference:
+    """Return the statistics of the teacher's own samples: what the student is drawn to."""
+    _log.info("sampling %d images of the teacher as the reference", settings.images)
+
+    def images_of(seeds: Sequence[int]) -> Tensor:
+        latents, labels = samples.latents_and_labels(
+            seeds, latent_shape=teacher.image_shape, num_classes=teacher.num_classes
+        )
+        labels = None if labels is None else labels.to(extractor.device)
+        made = sampling.heun(teacher.eval(), latents.to(extractor.device), labels)
+        return samples.to_uint8(made)
+
+    found = samples.generated_statistics(
+        images_of, range(settings.images), extractor, batch_size=settings.batch_size
+    )
+    return reference.Reference(
+        mean=found.mean.cpu(),
+        covariance=found.covariance.cpu(),
+        source="the teacher's own samples",
+        sha256="",
+        images=settings.images,
+        image_shape=teacher.image_shape,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+    )
 
 
 def _found(source: str) -> str:

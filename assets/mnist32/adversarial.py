@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,10 @@ class Settings:
 class Discriminator(nn.Module):
     """Images and labels to logits: [N, 1, 32, 32], [N] -> [N]."""
 
-    def __init__(self, *, num_classes: int, widths: tuple[int, ...] = (16, 32, 64, 64)) -> None:
+    def __init__(self, *, num_classes: int, widths: tuple[int, ...] = (8, 16, 32, 64)) -> None:
         super().__init__()
         self.from_image = _Conv(1, widths[0], size=1)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.blocks = nn.ModuleList(_DownBlock(before, after) for before, after in pairs)
+        self.blocks = nn.ModuleList(_DownBlock(*pair) for pair in pairwise(widths))
         last = widths[-1]
         self.mix = _Conv(last + 1, last, size=3)
         self.features = nn.Linear(last * 16, last)

@@ -40,7 +40,7 @@ STUDENT = stylegan2.Config(
     img_resolution=32,
     img_channels=1,
     mapping=stylegan2.MappingConfig(num_layers=2),
-    channel_base=512,
+    channel_base=256,
     channel_max=64,
 )
 TEACHER = edm.Config(
