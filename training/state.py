@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -31,11 +31,21 @@ class OptimizerConfig(Section):
     @field_validator("name")
     @classmethod
     def _exists(cls, name: str) -> str:
-        found = getattr(torch.optim, name, None)
-        if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-            known = sorted(n for n, c in vars(torch.optim).items() if isinstance(c, type))
-            raise ValueError(f"torch.optim has no optimizer {name!r}; it has {', '.join(known)}")
+        if name not in optimizer_names():
+            known = ", ".join(optimizer_names())
+            raise ValueError(f"torch.optim has no optimizer {name!r} that fits; it has {known}")
         return name
+
+
+_UNFIT = frozenset(("Optimizer", "LBFGS", "Muon", "SparseAdam"))
+"""The base class, and those that need a closure, matrices alone or sparse gradients."""
+
+
+def optimizer_names() -> list[str]:
+    """Return the names of torch.optim's optimizers that can train any network from gradients."""
+    kinds = ((name, kind) for name, kind in vars(torch.optim).items() if isinstance(kind, type))
+    fit = {name for name, kind in kinds if issubclass(kind, torch.optim.Optimizer)}
+    return sorted(fit - _UNFIT)
 
 
 @dataclass
@@ -73,16 +83,19 @@ def follow(average: nn.Module, network: nn.Module, *, decay: float) -> None:
         kept.copy_(current)
 
 
-_Settings = Literal["betas", "eps", "weight_decay"]
-
-
 def _optimizer(network: nn.Module, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return the optimizer with those of the settings that it knows."""
     kind = getattr(torch.optim, config.name)
-    offered: dict[_Settings, object] = {
+    offered = {
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
-    accepted = kind.__init__.__code__.co_varnames
-    chosen = {name: value for name, value in offered.items() if name in accepted}
+    known = inspect.signature(kind).parameters
+    chosen = {
+        name: value
+        for name, value in offered.items()
+        # Adafactor's eps is a pair, of another meaning.
+        if name in known and isinstance(known[name].default, tuple) == isinstance(value, tuple)
+    }
     return kind(network.parameters(), lr=lr, **chosen)
