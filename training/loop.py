@@ -97,6 +97,11 @@ def train(
     measure: called on every rank when due and after the last round. stop_requested: asked after each round; if it
     says so on any rank, the state is saved and Interrupted raised. Raises Diverged before weights go bad.
     """
+    if config.batch_size < world.size:
+        raise UserError(
+            f"training.batch_size is {config.batch_size}, fewer than the {world.size} processes: "
+            "start fewer, or make it larger"
+        )
     total = config.total_images
     showing, saving = (
         Every.kimg(config.readings_every_kimg),
