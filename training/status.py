@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
