@@ -160,7 +160,7 @@ class EDMDenoiser(nn.Module):
         check_inputs(
             noisy, sigma, labels, image_shape=self.image_shape, num_classes=self.num_classes
         )
-        self._check_augment_labels(augment_labels, images=len(noisy))
+        augment_labels = self._augment_labels(noisy, augment_labels)
         noisy, sigma = noisy.float(), sigma.float()
         level = sigma[:, None, None, None]
         variance = level.square() + self.sigma_data**2
@@ -178,14 +178,21 @@ class EDMDenoiser(nn.Module):
             return noisy.new_zeros(len(noisy), self.num_classes)
         return F.one_hot(labels.long(), self.num_classes).to(noisy.dtype)
 
-    def _check_augment_labels(self, augment_labels: Tensor | None, *, images: int) -> None:
-        if augment_labels is None:
-            return
+    def _augment_labels(self, noisy: Tensor, augment_labels: Tensor | None) -> Tensor | None:
+        """Return the augment labels, zeros for none: the same number, and every parameter is used.
+
+        Training on several processes waits for the gradient of every parameter.
+        """
         if self.augment_dim == 0:
-            raise ValueError("augment_labels given to a denoiser trained without; pass None")
-        if augment_labels.shape != (images, self.augment_dim):
-            came, expected = list(augment_labels.shape), [images, self.augment_dim]
+            if augment_labels is not None:
+                raise ValueError("augment_labels given to a denoiser trained without; pass None")
+            return None
+        if augment_labels is None:
+            return noisy.new_zeros(len(noisy), self.augment_dim)
+        if augment_labels.shape != (len(noisy), self.augment_dim):
+            came, expected = list(augment_labels.shape), [len(noisy), self.augment_dim]
             raise ValueError(f"augment_labels has shape {came}, expected {expected}")
+        return augment_labels
 
 
 def build(config: Config) -> EDMDenoiser:

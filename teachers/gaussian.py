@@ -1,7 +1,7 @@
 """A mixture of Gaussians with diagonal covariance and its exact denoiser: a teacher in closed form.
 
-For tests, where it makes an objective exact, and for the ten-second tutorial recipe. All of it is
-trainable, so that a copy can serve as the score network. Left out: full covariance.
+For tests, where it makes an objective exact, and for the ten-second tutorial recipe. All that
+matters is trainable, so that a copy can serve as the score network. Left out: full covariance.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ class GaussianMixture(nn.Module):
         self.sigma_max = 80.0
         self.means = nn.Parameter(means.clone())
         self.log_stds = nn.Parameter(stds.log())
-        self.logits = nn.Parameter(torch.zeros(len(means)))
+        self.logits: Tensor
+        if config.num_classes:  # labels pick the component, and DDP waits for every gradient
+            self.register_buffer("logits", torch.zeros(len(means)))
+        else:
+            self.logits = nn.Parameter(torch.zeros(len(means)))
 
     def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return E[x | noisy] [N, C, H, W] float32.
