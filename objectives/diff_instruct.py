@@ -90,7 +90,7 @@ def student_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOut
         sigma_data=config.sigma_data,
     )
     loss = (pull * images).flatten(1).sum(1)
-    return LossOutput(loss, {"pull": pull.square().mean().sqrt()})
+    return LossOutput(loss, {"pull": pull.square().mean((1, 2, 3)).sqrt().mean()})
 
 
 def ikl_pull(
