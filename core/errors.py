@@ -1,4 +1,6 @@
-"""The one exception that stands for bad input: refine.py prints it in a sentence and exits with code 2."""
+"""The one exception that stands for bad input: refine.py prints it in a sentence and exits with
+code 2.
+"""
 
 
 class UserError(Exception):

@@ -1,7 +1,8 @@
-"""Networks from files and into files: the one place that turns a weights file into a module of ours.
+"""Networks from files and into files: the one place that turns a weights file into a module of
+ours.
 
-A family (a plug-in of generators/ or teachers/) has a `Config`, a `build`, and `from_record`, which gives the
-Config of a published pickle's network where that network is of this family.
+A family (a plug-in of generators/ or teachers/) has a `Config`, a `build`, and `from_record`, which
+gives the Config of a published pickle's network where that network is of this family.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from core.weights import PublishedPickle, SavedNetwork
 def load(folder: str, source: str | Path, *, records: Sequence[str]) -> nn.Module:
     """Return the network of a weights file, in eval mode on the CPU, float32.
 
-    folder: "generators" or "teachers". source: path or URL of our safetensors or of a published pickle, where the
-    first of `records` that the file holds is taken. Raises UserError where the file or what it holds does not fit.
+    folder: "generators" or "teachers". source: path or URL of our safetensors or of a published
+    pickle, where the first of `records` that the file holds is taken. Raises UserError where the
+    file or what it holds does not fit.
     """
     file = weights.read(local_file(source))
     if isinstance(file, SavedNetwork):
@@ -35,7 +37,7 @@ def load(folder: str, source: str | Path, *, records: Sequence[str]) -> nn.Modul
 
 
 def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | None = None) -> None:
-    """Write a network of ours so that `load` rebuilds it. Raises UserError where the disk refuses."""
+    """Write a network of ours for `load` to rebuild. Raises UserError where the disk refuses."""
     shape = network.config
     assert isinstance(shape, BaseModel), type(network)
     weights.save(

@@ -1,7 +1,7 @@
 """The words of the project as types: what a student, a denoiser, a phase and an objective are.
 
-Everything here is a seam between folders. No behaviour lives here, and nothing inherits from it for reuse:
-a class is a `Student` because it has the members, not because it says so.
+Everything here is a seam between folders. No behaviour lives here, and nothing inherits from it for
+reuse: a class is a `Student` because it has the members, not because it says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Student(Protocol):
-    """Any one-step generator, an nn.Module. In eval mode a deterministic function of its arguments."""
+    """Any one-step generator, an nn.Module; in eval mode a deterministic function."""
 
     latent_shape: tuple[int, ...]
     """Shape of one latent, always unit normal."""
@@ -27,12 +27,16 @@ class Student(Protocol):
     """0 = unconditional."""
 
     def __call__(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return images [N, C, H, W] float32, about [-1, 1], for latents [N, *latent_shape], labels [N] int64."""
+        """Return images [N, C, H, W] float32, about [-1, 1], for latents [N, *latent_shape], labels
+        [N] int64.
+        """
         ...
 
 
 class Denoiser(Protocol):
-    """A preconditioned diffusion network, an nn.Module: the teacher and the score network are the same kind."""
+    """A preconditioned diffusion network, an nn.Module: the teacher and the score network are the
+    same kind.
+    """
 
     image_shape: tuple[int, int, int]
     """(C, H, W)"""
@@ -44,7 +48,9 @@ class Denoiser(Protocol):
     """Largest noise level it was made for, in pixel units."""
 
     def __call__(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return E[x | noisy] [N, C, H, W] float32 for noisy = x + sigma n, sigma [N], labels [N] int64."""
+        """Return E[x | noisy] [N, C, H, W] float32 for noisy = x + sigma n, sigma [N], labels [N]
+        int64.
+        """
         ...
 
 
@@ -59,7 +65,9 @@ class Networks:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: what the student is fed, and the random numbers that belong to these samples."""
+    """One micro-batch: what the student is fed, and the random numbers that belong to these
+    samples.
+    """
 
     latents: Tensor
     """[N, *latent_shape] float32, unit normal."""

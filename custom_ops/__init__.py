@@ -1,1 +1,3 @@
-"""The signal-processing operations of the StyleGAN family, each with its definition in the docstring."""
+"""The signal-processing operations of the StyleGAN family, each with its definition in the
+docstring.
+"""

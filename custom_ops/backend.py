@@ -1,7 +1,8 @@
 """Which implementation of the custom operations runs, for those who report it.
 
-The kernel policy is `auto | native | reference`. This version ships the reference only (plain PyTorch, on
-any device, differentiable to any order), so `native` is refused with that reason and `auto` is the reference.
+The kernel policy is `auto | native | reference`. This version ships the reference only (plain
+PyTorch, on any device, differentiable to any order), so `native` is refused with that reason and
+`auto` is the reference.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def choose(policy: KernelPolicy) -> str:
     """
     if policy == "native":
         raise UserError(
-            "kernels: native was asked for, but this version has no native kernels; use auto or reference"
+            "kernels: native was asked for, but this version has no native kernels; "
+            "use auto or reference"
         )
     return "reference"

@@ -1,4 +1,6 @@
-"""Bias, activation, gain and clamp in one operation (Karras et al., StyleGAN2-ADA), in plain PyTorch."""
+"""Bias, activation, gain and clamp in one operation (Karras et al., StyleGAN2-ADA), in plain
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,10 @@ def bias_act(
 ) -> Tensor:
     """Return clip(gain * act(x + b; alpha), -clamp, clamp), of the shape and dtype of x.
 
-    b: [x.shape[dim]], added along `dim`. `alpha` (the slope of `lrelu`) and `gain` default to the activation's
-    own: gain keeps unit variance, sqrt(2) for relu, lrelu and swish, else 1. `clamp=None` clips nothing.
-    Raises KeyError for an unknown activation and ValueError for a bias of the wrong length.
+    b: [x.shape[dim]], added along `dim`. `alpha` (the slope of `lrelu`) and `gain` default to the
+    activation's own: gain keeps unit variance, sqrt(2) for relu, lrelu and swish, else 1.
+    `clamp=None` clips nothing. Raises KeyError for an unknown activation and ValueError for a bias
+    of the wrong length.
     """
     activation = ACTIVATIONS[act]
     if b is not None:

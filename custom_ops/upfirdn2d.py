@@ -1,4 +1,5 @@
-"""Zero-stuffing, padding, FIR filtering and decimation of images in one operation (Karras et al., StyleGAN).
+"""Zero-stuffing, padding, FIR filtering and decimation of images in one operation (Karras et al.,
+StyleGAN).
 
 Plain PyTorch, differentiable to any order. All resampling in the StyleGAN family is this operation.
 """
@@ -13,7 +14,9 @@ from torch import Tensor
 
 
 def fir_filter(taps: Sequence[float]) -> Tensor:
-    """Return the 2-D filter [n, n] float32 with unit sum that is the outer product of `taps` with itself."""
+    """Return the 2-D filter [n, n] float32 with unit sum that is the outer product of `taps` with
+    itself.
+    """
     line = torch.as_tensor(taps, dtype=torch.float32)
     plane = torch.outer(line, line)
     return plane / plane.sum()
@@ -31,12 +34,13 @@ def upfirdn2d(
 ) -> Tensor:
     """Return x upsampled, filtered and downsampled: [N, C, H, W] -> [N, C, H', W'].
 
-    Each pixel is followed by up - 1 zeros per axis; the image is padded with zeros (negative: cropped); it is
-    convolved with gain * f (correlated, if flip_filter); every down-th pixel is kept. Along an axis
-    H' = (H * up + before + after - taps) // down + 1.
+    Each pixel is followed by up - 1 zeros per axis; the image is padded with zeros (negative:
+    cropped); it is convolved with gain * f (correlated, if flip_filter); every down-th pixel is
+    kept. Along an axis H' = (H * up + before + after - taps) // down + 1.
 
-    f: [fh, fw], or [taps] for a separable filter, or None for the identity. up, down: one number or (x, y).
-    padding: one number, (x, y) or (x before, x after, y before, y after), counted after upsampling.
+    f: [fh, fw], or [taps] for a separable filter, or None for the identity. up, down: one number or
+    (x, y). padding: one number, (x, y) or (x before, x after, y before, y after), counted after
+    upsampling.
     """
     up_x, up_y = _pair(up)
     down_x, down_y = _pair(down)

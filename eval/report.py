@@ -27,9 +27,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from core.errors import UserError
 from core.run_folder import atomic_write
-from eval._pictures import curve_picture, pairs_picture
 from eval.features import Extractor
 from eval.metrics import MetricResult
+from eval.pictures import curve_picture, pairs_picture
 from eval.reference import Reference
 from eval.samples import Pairs
 
@@ -126,7 +126,8 @@ class Report:
     first_seed: int
     """Value k is of the images first_seed + k * images and following."""
     reference: ReferenceName | None
-    extractor: ExtractorName
+    extractor: ExtractorName | None
+    """None where nothing was measured."""
     environment: Environment
     kernel_backend: str
     """native or reference: which custom operations ran."""
@@ -205,7 +206,7 @@ def read(path: str | Path) -> Report:
 def headline(report: Report) -> str:
     """Return the result in one line, such as "FID 24.1 ± 0.2 → 15.3 ± 0.1 (-36 %)"."""
     lines = [
-        f"{metric_title(name, report.extractor.name)} {_shown(report.before[name])} → "
+        f"{metric_title(name, report.extractor)} {_shown(report.before[name])} → "
         f"{_shown(after)} ({_change(report.before[name], after)})"
         for name, after in report.after.items()
     ]
@@ -226,15 +227,15 @@ def summary(report: Report) -> str:
 def warnings(report: Report) -> list[str]:
     """Return what a reader must know before believing the numbers, one sentence each."""
     found = []
-    if report.extractor.name != "inception":
+    if report.extractor is None:
+        found.append("The recipe names no reference (evaluation.reference): nothing was measured.")
+    elif report.extractor.name != "inception":
         found.append(
             f"Distances are between features of `{report.extractor.name}`, not Inception: "
             "not comparable with published (Inception) FIDs."
         )
     for name, after in report.after.items():
-        found += _spread_warning(
-            metric_title(name, report.extractor.name), report.before[name], after
-        )
+        found += _spread_warning(metric_title(name, report.extractor), report.before[name], after)
     if report.after and report.images < 10_000:
         found.append(
             f"Each value is of {report.images:,} images: a Fréchet distance of so few is too high; "
@@ -258,10 +259,11 @@ def markdown(report: Report, *, pictures: list[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def metric_title(metric: str, extractor: str) -> str:
+def metric_title(metric: str, extractor: ExtractorName | None) -> str:
     """Return a metric's name for a reader, with the extractor's where it is not the usual one."""
     title = metric.upper() if len(metric) <= 3 else metric.replace("_", " ")
-    return title if extractor == "inception" else f"{title} ({extractor} features)"
+    usual = extractor is None or extractor.name == "inception"
+    return title if usual else f"{title} ({extractor.name} features)"
 
 
 # Text and picture
@@ -274,7 +276,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _curve_png(report: Report) -> bytes:
     curve = report.curve
-    metric = metric_title("fid", report.extractor.name)
+    metric = metric_title("fid", report.extractor)
     return curve_picture(
         curve.points,
         metric=metric,
@@ -286,7 +288,7 @@ def _curve_png(report: Report) -> bytes:
 def _rows(report: Report) -> list[tuple[str, str, str, str]]:
     return [
         (
-            metric_title(name, report.extractor.name),
+            metric_title(name, report.extractor),
             _shown(report.before[name]),
             _shown(after),
             _change(report.before[name], after),
@@ -329,7 +331,7 @@ def _facts(report: Report) -> str:
         compared = f"{count} images of `{reference.name}` ({_short(reference.sha256)})"
     dirty = ", with changes" if environment.git_dirty else ""
     facts = {
-        "features": f"`{report.extractor.name}` ({_short(report.extractor.sha256)})",
+        "features": _named(report.extractor),
         "compared with": compared,
         "seeds": ", ".join(f"{start} to {stop - 1}" for start, stop in report.seeds) or "none",
         "truncation, noise": f"{report.truncation:g}, {report.noise_mode}",
@@ -361,6 +363,10 @@ def _change(before: MetricResult, after: MetricResult) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _named(extractor: ExtractorName | None) -> str:
+    return f"`{extractor.name}` ({_short(extractor.sha256)})" if extractor else "none"
 
 
 def _short(sha256: str | None) -> str:

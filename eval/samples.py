@@ -195,6 +195,12 @@ def pairs(
     )
 
 
+def sample_images(student: nn.Module, *, count: int, device: torch.device | str) -> Tensor:
+    """Return images for one picture, uint8 [count, C, H, W] on the CPU; their classes count up."""
+    seeds = pair_seeds(count, latent_shape=student.latent_shape, num_classes=student.num_classes)
+    return student_images(student, device=device)(seeds).cpu()
+
+
 def pair_seeds(
     count: int, *, latent_shape: tuple[int, ...], num_classes: int, first_seed: int = 0
 ) -> list[int]:

@@ -1,6 +1,7 @@
 """Layers that the StyleGAN families share: the mapping network and equalised-learning-rate layers.
 
-StyleGAN2 (Karras et al., CVPR 2020). Parameter and buffer names are those of the published networks.
+StyleGAN2 (Karras et al., CVPR 2020). Parameter and buffer names are those of the published
+networks.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Mapping(nn.Module):
         truncation: float = 1.0,
         truncated_ws: int | None = None,
     ) -> Tensor:
-        """Return w [N, num_ws, w_dim]: w_avg + truncation * (w - w_avg) in the first `truncated_ws` of them."""
+        """Return w [N, num_ws, w_dim]: w_avg + truncation * (w - w_avg) in the first `truncated_ws`
+        of them.
+        """
         w = self.one(latents, labels)
         ws = w[:, None].expand(-1, self.num_ws, -1)
         if truncation == 1:

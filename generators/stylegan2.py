@@ -1,8 +1,10 @@
-"""The StyleGAN2 generator as a student (Karras et al., CVPR 2020; with StyleGAN2-ADA, NeurIPS 2020).
+"""The StyleGAN2 generator as a student (Karras et al., CVPR 2020; with StyleGAN2-ADA, NeurIPS
+2020).
 
-All published architectures (skip, resnet, orig), conditional or not. Parameter and buffer names are those of
-the published networks, so their weights load with strict=True. Everything runs in float32; the published
-float16 blocks (`num_fp16_res`) are read and run in float32, which is what they approximate.
+All published architectures (skip, resnet, orig), conditional or not. Parameter and buffer names are
+those of the published networks, so their weights load with strict=True. Everything runs in float32;
+the published float16 blocks (`num_fp16_res`) are read and run in float32, which is what they
+approximate.
 
 Modulated convolution never copies weights per sample. With s the style and d the demodulation,
     y[n, o] = d[n, o] * conv(s[n] * x[n], W)[o],  d[n, o]^-2 = sum_i s[n, i]^2 sum_k W[o, i, k]^2,
@@ -148,8 +150,8 @@ class StyleGAN2(nn.Module):
     ) -> Tensor:
         """Return images [N, C, H, W]. With the defaults a deterministic function of its arguments.
 
-        truncation: psi, 1 = none. noise_mode: per-layer noise at its stored constants, freshly drawn from
-        torch's global generator, or none.
+        truncation: psi, 1 = none. noise_mode: per-layer noise at its stored constants, freshly
+        drawn from torch's global generator, or none.
         """
         return self.synthesis(
             self.mapping(latents, labels, truncation=truncation), noise_mode=noise_mode
@@ -312,8 +314,8 @@ def demodulation(style: Tensor, weight: Tensor, *, eps: float = 1e-8) -> Tensor:
 def convolve_upsampled(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
     """Return the 3x3 convolution of x at twice its resolution: [N, in, H, W] -> [N, out, 2H, 2W].
 
-    A transposed convolution of stride 2 does the zero-stuffing and the convolution at once; the low-pass
-    filter follows (StyleGAN2, Fig. 2 and appendix B).
+    A transposed convolution of stride 2 does the zero-stuffing and the convolution at once; the
+    low-pass filter follows (StyleGAN2, Fig. 2 and appendix B).
     """
     spread = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)  # [N, out, 2H + 1, 2W + 1]
     count = len(taps)
@@ -321,6 +323,6 @@ def convolve_upsampled(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
 
 
 def upsample(image: Tensor, taps: Tensor) -> Tensor:
-    """Return the image at twice its resolution, low-pass filtered: [N, C, H, W] -> [N, C, 2H, 2W]."""
+    """Return the image at twice its resolution, filtered: [N, C, H, W] -> [N, C, 2H, 2W]."""
     count = len(taps)
     return upfirdn2d(image, taps, up=2, padding=((count + 1) // 2, (count - 2) // 2) * 2, gain=4)

@@ -1,4 +1,6 @@
-"""Laws that the noise level sigma is drawn from, in pixel units, each as a function of uniform or normal draws."""
+"""Laws that the noise level sigma is drawn from, in pixel units, each as a function of uniform or
+normal draws.
+"""
 
 from __future__ import annotations
 

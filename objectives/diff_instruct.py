@@ -1,8 +1,8 @@
 """Diff-Instruct: the Integral KL divergence between student and teacher (Luo et al., NeurIPS 2023).
 
-Two phases a round. The score phase fits the score network to the student's own images by denoising, so that it
-knows the score of what the student makes. The student phase moves each image along the difference between the
-two networks' scores (Diff-Instruct, Eq. 3.2): the gradient of
+Two phases a round. The score phase fits the score network to the student's own images by denoising,
+so that it knows the score of what the student makes. The student phase moves each image along the
+difference between the two networks' scores (Diff-Instruct, Eq. 3.2): the gradient of
     E_sigma w(sigma) KL(student * N(0, sigma^2) || teacher * N(0, sigma^2)).
 Left out: the paper's remark on GAN discriminators as a special case.
 """
@@ -61,7 +61,8 @@ def build(config: Config) -> DiffInstruct:
 
 
 def score_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutput:
-    """Return EDM's denoising loss of the score network on the student's images (EDM, Eq. 2 and Table 1).
+    """Return EDM's denoising loss of the score network on the student's images (EDM, Eq. 2 and
+    Table 1).
 
     lambda(sigma) |D_score(x + sigma n; sigma) - x|^2 summed over pixels, [N].
     """
@@ -102,13 +103,14 @@ def ikl_pull(
     weighting: Weighting,
     sigma_data: float = 0.5,
 ) -> Tensor:
-    """Return w(sigma) (s_score - s_teacher), the gradient of the Integral KL by the image: [N, C, H, W].
+    """Return w(sigma) (s_score - s_teacher), the gradient of the Integral KL by the image: [N, C,
+    H, W].
 
     s(y; sigma) = (D(y; sigma) - y) / sigma^2, so y cancels and D_score - D_teacher remains, times
         sigma_squared  1                                    w = sigma^2, the official code's choice
-        edm            (sigma^2 + s^2) / (sigma s)^2        w = sigma^2 lambda(sigma), s = sigma_data
-        uniform        1 / sigma^2                          w = 1
-        dmd            1 / mean |x - D_teacher|             DMD (Yin et al., 2024), Eq. 8
+        edm            (sigma^2 + s^2) / (sigma s)^2        w = sigma^2 lambda(sigma), s =
+        sigma_data uniform        1 / sigma^2                          w = 1 dmd            1 / mean
+        |x - D_teacher|             DMD (Yin et al., 2024), Eq. 8
     images: [N, C, H, W], detached; sigma: [N].
     """
     difference = score_denoised - teacher_denoised
@@ -119,7 +121,7 @@ def ikl_pull(
 
 
 def edm_weight(sigma: Tensor, *, sigma_data: float) -> Tensor:
-    """Return lambda(sigma) = (sigma^2 + s^2) / (sigma s)^2 with s = sigma_data (EDM, Table 1), [N]."""
+    """Return lambda(sigma) = (sigma^2 + s^2) / (sigma s)^2, s = sigma_data (EDM, Table 1), [N]."""
     return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
 
 

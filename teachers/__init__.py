@@ -1,4 +1,6 @@
-"""Teachers: pretrained diffusion denoisers, one family a file. `load` opens any weights file that a family knows."""
+"""Teachers: pretrained diffusion denoisers, one family a file. `load` opens any weights file that a
+family knows.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_gradients_match_the_published_network(name):
 
 @pytest.mark.parametrize("case", CASES)
 def test_custom_ops_match_the_published_operations(case):
-    """Output and gradients of every recorded bias_act and upfirdn2d call equal the published ones."""
+    """Output and gradients of every recorded call equal the published ones."""
     meta = json.loads(str(CUSTOM_OPS[f"{case}/meta"]))
     x = torch.as_tensor(CUSTOM_OPS[f"{case}/in/x"]).requires_grad_()
     probe = torch.as_tensor(CUSTOM_OPS[f"{case}/in/probe"])

@@ -12,6 +12,17 @@ from core.run_folder import RunFolder, atomic_write
 from training.state import TrainState
 
 _KEPT = 2
+_DAMAGE = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
+"""What reading bytes that are no whole checkpoint of this run can raise."""
 
 
 def save(state: TrainState, folder: RunFolder) -> Path:
@@ -39,7 +50,10 @@ def images_saved(folder: RunFolder) -> int:
 
 
 def restore(state: TrainState, path: Path) -> None:
-    """Set the state to what a checkpoint holds. Raises UserError where the file is damaged or does not fit."""
+    """Set the state to what a checkpoint holds.
+
+    Raises UserError where the file is damaged or does not fit; the state is then of no more use.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state.networks.student.load_state_dict(content["student"])
@@ -48,9 +62,10 @@ def restore(state: TrainState, path: Path) -> None:
         for name, optimizer in state.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
         state.images_seen = content["images_seen"]
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
+    except _DAMAGE as error:
         raise UserError(
-            f"{path} is damaged or of another run ({type(error).__name__}); delete it to go on from the one before"
+            f"{path} is damaged or of another run ({type(error).__name__}); "
+            "delete it to go on from the one before"
         ) from error
 
 

@@ -1,7 +1,9 @@
-"""The training loop: phases say what is trained on what, `update` draws, accumulates, checks and steps.
+"""The training loop: phases say what is trained on what, `update` draws, accumulates, checks and
+steps.
 
-The same loop serves one process and many: each rank takes its share of the global batch, draws are functions of
-the global sample index, and gradients are averaged over ranks. Left out: everything about what is learned.
+The same loop serves one process and many: each rank takes its share of the global batch, draws are
+functions of the global sample index, and gradients are averaged over ranks. Left out: everything
+about what is learned.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class Config(Section):
     def _micro_batch_fits(self) -> Config:
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}"
+                f"micro_batch_size {self.micro_batch_size} exceeds batch_size {self.batch_size}"
             )
         return self
 
@@ -94,8 +96,9 @@ def train(
 ) -> TrainState:
     """Return the state after the last image; it is trained in place.
 
-    measure: called on every rank when due and after the last round. stop_requested: asked after each round; if it
-    says so on any rank, the state is saved and Interrupted raised. Raises Diverged before weights go bad.
+    measure: called on every rank when due and after the last round. stop_requested: asked after
+    each round; if it says so on any rank, the state is saved and Interrupted raised. Raises
+    Diverged before weights go bad.
     """
     if config.batch_size < world.size:
         raise UserError(
@@ -206,8 +209,9 @@ def _checked_norm(
     loss = distributed.mean(torch.cat([output.per_image for output in outputs]).mean(), world)
     if not torch.isfinite(norm + loss):
         raise Diverged(
-            f"the {phase.name} phase gave a loss of {float(loss):.4g} and a gradient of norm {float(norm):.4g} "
-            f"after {images_seen} images; no weight was changed by it. Try a smaller training.{phase.trains}_lr, "
+            f"the {phase.name} phase gave a loss of {float(loss):.4g} and a gradient of norm "
+            f"{float(norm):.4g} after {images_seen} images; no weight was changed by it. "
+            f"Try a smaller training.{phase.trains}_lr, "
             "a training.warmup_kimg, or a training.gradient_clip"
         )
     return norm

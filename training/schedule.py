@@ -1,4 +1,6 @@
-"""When something is due, and how learning rate and moving average change: pure functions of images seen."""
+"""When something is due, and how learning rate and moving average change: pure functions of images
+seen.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Every:
 
 
 def warmup(images_seen: int, *, warmup_kimg: float) -> float:
-    """Return the factor on the learning rate: rises linearly from 0 to 1 over the first warmup_kimg."""
+    """Return the factor on the learning rate: rises linearly from 0 to 1 over the first
+    warmup_kimg.
+    """
     return 1.0 if warmup_kimg == 0 else min(images_seen / (warmup_kimg * 1000), 1.0)
 
 
@@ -31,8 +35,8 @@ def ema_decay(
 ) -> float:
     """Return how much of the moving average stays after `images` more: 0.5^(images / halflife).
 
-    The half-life is at most `rampup` times the images seen (EDM's training), so an early average is not stale.
-    halflife_kimg 0 is no averaging: the decay is 0.
+    The half-life is at most `rampup` times the images seen (EDM's training), so an early average is
+    not stale. halflife_kimg 0 is no averaging: the decay is 0.
     """
     halflife = halflife_kimg * 1000
     if rampup is not None:

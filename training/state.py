@@ -76,7 +76,7 @@ def start(
 
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, *, decay: float) -> None:
-    """Move the average's parameters to decay * average + (1 - decay) * network; copy its buffers."""
+    """Move parameters to decay * average + (1 - decay) * network; copy buffers."""
     slow, fast = list(average.parameters()), list(network.parameters())
     torch._foreach_lerp_(slow, fast, 1 - decay)
     for kept, current in zip(average.buffers(), network.buffers(), strict=True):

@@ -1,7 +1,7 @@
 """Progress and readings: means over the last rounds go to the run folder and to the terminal.
 
-On a terminal a progress bar (tqdm); elsewhere a plain line once in a while. Readings stay tensors until they
-are shown, so that a round never waits for the device.
+On a terminal a progress bar (tqdm); elsewhere a plain line once in a while. Readings stay tensors
+until they are shown, so that a round never waits for the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _LINE_EVERY_SECONDS = 15.0
 
 
 class Status:
-    """Collects readings between rows of readings.jsonl, and shows how far the run is. Only rank 0 speaks."""
+    """Collects readings between rows of readings.jsonl, and shows how far the run is. Only rank 0
+    speaks.
+    """
 
     def __init__(
         self, folder: RunFolder, world: World, *, images_seen: int, total_images: int

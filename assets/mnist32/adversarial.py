@@ -1,8 +1,9 @@
 """Adversarial training of the embedded student: the GAN that the demo refines.
 
-StyleGAN2's recipe at the size of a digit: a residual discriminator with minibatch standard deviation and
-label projection (Miyato and Koyama, 2018), the non-saturating loss, lazy R1 (StyleGAN2, Sec. 3.1), Adam and a
-moving average of the generator. Augmentation, path length regularisation and style mixing are left out.
+StyleGAN2's recipe at the size of a digit: a residual discriminator with minibatch standard
+deviation and label projection (Miyato and Koyama, 2018), the non-saturating loss, lazy R1
+(StyleGAN2, Sec. 3.1), Adam and a moving average of the generator. Augmentation, path length
+regularisation and style mixing are left out.
 """
 
 from __future__ import annotations

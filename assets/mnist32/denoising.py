@@ -1,7 +1,8 @@
-"""Training of the embedded teacher: EDM's denoising score matching on real images (Karras et al., 2022).
+"""Training of the embedded teacher: EDM's denoising score matching on real images (Karras et al.,
+2022).
 
-Its loss, weight and noise law are EDM's (Table 1, Eq. 2); augmentation is left out, the learning rate falls to
-zero along a half cosine.
+Its loss, weight and noise law are EDM's (Table 1, Eq. 2); augmentation is left out, the learning
+rate falls to zero along a half cosine.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def _learning_rate(images_seen: int, settings: Settings) -> float:
 
 
 def _loss(teacher: EDMDenoiser, images: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """E[lambda(sigma) |D(x + sigma n; sigma) - x|^2], lambda = (sigma^2 + s^2) / (sigma s)^2, per pixel."""
+    """E[lambda(sigma) |D(x + sigma n; sigma) - x|^2], lambda = (sigma^2 + s^2) / (sigma s)^2, per
+    pixel.
+    """
     count = len(images)
     sigma = (torch.randn(count) * settings.log_sigma_std + settings.log_sigma_mean).exp()
     column = sigma.reshape(-1, 1, 1, 1)

@@ -1,12 +1,12 @@
 """The program that makes the embedded default from a zip of 32x32 digits: one command a part.
 
-    python -m assets.mnist32.make features DIGITS.zip     the feature network, and the accuracy it reaches
-    python -m assets.mnist32.make reference DIGITS.zip    statistics of the real digits, and the floor
-    python -m assets.mnist32.make student DIGITS.zip      the GAN, adversarially, and its curve
-    python -m assets.mnist32.make teacher DIGITS.zip      the diffusion model, and its curve
+    python -m assets.mnist32.make features DIGITS.zip     the feature network, and the accuracy it
+    reaches python -m assets.mnist32.make reference DIGITS.zip    statistics of the real digits, and
+    the floor python -m assets.mnist32.make student DIGITS.zip      the GAN, adversarially, and its
+    curve python -m assets.mnist32.make teacher DIGITS.zip      the diffusion model, and its curve
 
-`features` comes first, `reference` second: the others measure with them. Each writes its files beside this one.
-README.md says what was run and what came out.
+`features` comes first, `reference` second: the others measure with them. Each writes its files
+beside this one. README.md says what was run and what came out.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _fit(
 
 
 def _warped(images: Tensor) -> Tensor:
-    """Return each image rotated by up to 0.2 rad, scaled by up to 10 % and moved by up to 2 pixels."""
+    """Return images rotated by up to 0.2 rad, scaled by up to 10 %, moved by up to 2 pixels."""
     count = len(images)
     angle = (torch.rand(count) * 2 - 1) * 0.2
     scale = 1 + (torch.rand(count) * 2 - 1) * 0.1

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from eval.samples import Pairs
@@ -49,6 +50,20 @@ def pairs_picture(pairs: Pairs) -> bytes:
         _paste(figure, after[index], x, y + tile_height + _SEAM)
         _text(figure, x + tile_width / 2, y - 12, labels[index], colour=_QUIET, align="center")
     return _png(figure)
+
+
+def grid_picture(images: Tensor, *, columns: int) -> bytes:
+    """Return a PNG of images side by side, in rows; images: uint8 [N, C, H, W], no enlargement."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
+    for index, image in enumerate(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
+        row, column = divmod(index, columns)
+        place = slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
+        sheet[place] = image
+    content = io.BytesIO()
+    Image.fromarray(sheet).save(content, format="PNG")
+    return content.getvalue()
 
 
 def curve_picture(

@@ -1,0 +1,1 @@
+"""The wiring: a recipe, the parts it names, the run that they make. Only refine.py uses it."""

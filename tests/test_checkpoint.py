@@ -1,0 +1,294 @@
+"""Checkpoints: a resumed run ends bit for bit like one that ran through; bad disks and files."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.distributed import World
+from core.errors import UserError
+from core.protocols import Networks
+from core.run_folder import RunFolder
+from generators import stylegan2
+from objectives import diff_instruct
+from teachers import edm
+from training import checkpoint
+from training.loop import Config, Interrupted, train
+from training.state import TrainState, start
+
+ROOT = Path(__file__).resolve().parent.parent
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+BATCH = 4
+CONFIG = Config(
+    duration_kimg=6 * BATCH / 1000,
+    batch_size=BATCH,
+    micro_batch_size=3,
+    student_lr=1e-3,
+    score_lr=1e-3,
+    warmup_kimg=0.01,
+    gradient_clip=1.0,
+)
+
+
+def begin() -> TrainState:
+    """Return a conditional StyleGAN2 and EDM teacher of 8x8 before their first image."""
+    torch.manual_seed(0)
+    student = stylegan2.build(
+        stylegan2.Config(z_dim=8, w_dim=8, c_dim=3, img_resolution=8, img_channels=1, channel_max=8)
+    )
+    teacher = edm.build(
+        edm.Config(
+            img_resolution=8,
+            img_channels=1,
+            label_dim=3,
+            augment_dim=2,
+            model_type="SongUNet",
+            model_channels=8,
+            channel_mult=(1, 2),
+            num_blocks=1,
+            attn_resolutions=(4,),
+        )
+    )
+    for network in (student, teacher):
+        network.to(memory_format=torch.channels_last)  # as refine.py has them
+    return start(
+        Networks(student, copy.deepcopy(teacher), teacher),
+        student_lr=CONFIG.student_lr,
+        score_lr=CONFIG.score_lr,
+        optimizer=CONFIG.optimizer,
+    )
+
+
+def go(
+    state: TrainState,
+    folder: RunFolder,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    config: Config = CONFIG,
+) -> TrainState:
+    objective = diff_instruct.build(diff_instruct.Config(score_steps=2, head_start_kimg=0.005))
+    return train(
+        state, objective, config, folder=folder, world=ALONE, stop_requested=stop_requested
+    )
+
+
+def content_bytes(state: TrainState) -> dict[str, bytes | object]:
+    """Return every tensor of a state as bytes and every number as it is, by a path."""
+    found: dict[str, bytes | object] = {"images_seen": state.images_seen}
+
+    def add(path: str, value: object) -> None:
+        if isinstance(value, Tensor):
+            found[path] = value.contiguous().numpy().tobytes()
+        elif isinstance(value, dict):
+            for key, below in value.items():
+                add(f"{path}/{key}", below)
+        elif isinstance(value, list):
+            for index, below in enumerate(value):
+                add(f"{path}/{index}", below)
+        else:
+            found[path] = value
+
+    networks = state.networks
+    modules: dict[str, nn.Module] = {
+        "student": networks.student,
+        "score": networks.score,
+        "teacher": networks.teacher,
+        "student_ema": state.student_ema,
+    }
+    for name, module in modules.items():
+        add(name, dict(module.state_dict()))
+    for name, optimizer in state.optimizers.items():
+        add(f"optimizer/{name}", optimizer.state_dict())
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path, "run")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, RunFolder]:
+    """Return the state of a run that went through, and its folder."""
+    folder = RunFolder.create(tmp_path_factory.mktemp("whole"), "run")
+    return go(begin(), folder), folder
+
+
+def newest(folder: RunFolder) -> Path:
+    path = checkpoint.newest(folder)
+    assert path is not None
+    return path
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_resumed_run_ends_with_the_same_bytes(
+    whole: tuple[TrainState, RunFolder], folder: RunFolder, rounds: int
+) -> None:
+    """Stopped in the head start or half-way: every weight, average and moment of the optimizers."""
+    answers = iter([False] * (rounds - 1) + [True])
+    with pytest.raises(Interrupted):
+        go(begin(), folder, stop_requested=lambda: next(answers))
+    resumed = begin()
+    checkpoint.restore(resumed, newest(folder))
+    assert resumed.images_seen == rounds * BATCH
+    torch.rand(5)  # torch's own generator has no say
+    found, expected = content_bytes(go(resumed, folder)), content_bytes(whole[0])
+    assert found.keys() == expected.keys()
+    assert [path for path in expected if found[path] != expected[path]] == []
+
+
+def test_the_comparison_can_fail(whole: tuple[TrainState, RunFolder], folder: RunFolder) -> None:
+    """Another seed ends with other bytes in trained weights, their average and their moments."""
+    other = go(begin(), folder, config=CONFIG.model_copy(update={"seed": 1}))
+    found, expected = content_bytes(other), content_bytes(whole[0])
+    differ = {path.rpartition("/")[0] for path in expected if found[path] != expected[path]}
+    assert {"student", "score", "student_ema", "optimizer/student/state/0"} <= differ
+    assert "teacher" not in differ
+
+
+def test_a_restored_state_is_the_saved_one(whole: tuple[TrainState, RunFolder]) -> None:
+    """Bytes and images seen, and the average still shares nothing with the student."""
+    state, folder = whole
+    restored = begin()
+    checkpoint.restore(restored, newest(folder))
+    assert content_bytes(restored) == content_bytes(state)
+    pairs = zip(
+        restored.student_ema.parameters(), restored.networks.student.parameters(), strict=True
+    )
+    assert all(p.data_ptr() != q.data_ptr() for p, q in pairs)
+
+
+def test_the_newest_two_are_kept(folder: RunFolder) -> None:
+    """Of five checkpoints the last two are left, and the newest is the newest."""
+    state = begin()
+    for images in (4, 8, 900, 1000, 10_000):
+        state.images_seen = images
+        checkpoint.save(state, folder)
+    names = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert names == ["000000001000.pt", "000000010000.pt"]
+    assert newest(folder).name == names[1] and checkpoint.images_saved(folder) == 10_000
+
+
+def test_a_new_run_has_none(folder: RunFolder) -> None:
+    """No checkpoint and no images."""
+    assert checkpoint.newest(folder) is None and checkpoint.images_saved(folder) == 0
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.9999])
+def test_a_truncated_checkpoint_is_named(
+    whole: tuple[TrainState, RunFolder], tmp_path: Path, part: float
+) -> None:
+    """However little is missing, the sentence names the file and what to do; nothing changes."""
+    content = newest(whole[1]).read_bytes()
+    path = tmp_path / "cut.pt"
+    path.write_bytes(content[: int(part * len(content))])
+    state = begin()
+    with pytest.raises(UserError, match=r"cut\.pt is damaged.*delete it"):
+        checkpoint.restore(state, path)
+    assert content_bytes(state) == content_bytes(begin())
+
+
+def test_a_checkpoint_of_other_networks_is_named(
+    whole: tuple[TrainState, RunFolder], tmp_path: Path
+) -> None:
+    """Whichever part does not fit, the sentence names the file."""
+    content = torch.load(newest(whole[1]), weights_only=True)
+    path = tmp_path / "other.pt"
+    for part in ("student", "score", "student_ema", "optimizers"):
+        torch.save(content | {part: {}}, path)
+        with pytest.raises(UserError, match=r"other\.pt is damaged or of another run"):
+            checkpoint.restore(begin(), path)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize("content", [{}, [], torch.zeros(3), 7])
+def test_something_else_that_torch_saved_is_named(tmp_path: Path, content: object) -> None:
+    """A file of another form is as damaged as a truncated one."""
+    path = tmp_path / "else.pt"
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"else\.pt is damaged or of another run"):
+        checkpoint.restore(begin(), path)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    """A pickled call in it is not made."""
+    trace = tmp_path / "trace"
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(trace),)
+
+    path = tmp_path / "trap.pt"
+    torch.save({"student": Trap()}, path)
+    with pytest.raises(UserError, match=r"trap\.pt is damaged"):
+        checkpoint.restore(begin(), path)
+    assert not trace.exists()
+
+
+# Full disks
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence names the file; the one before is whole and no part of the new one is left."""
+    state = begin()
+    before = checkpoint.save(state, folder).read_bytes()
+
+    def full(content: object, path: Path) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    state.images_seen = 8
+    with pytest.raises(UserError, match=r"000000000008\.pt: cannot be written: No space left"):
+        checkpoint.save(state, folder)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["000000000000.pt"]
+    assert newest(folder).read_bytes() == before
+
+
+_LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, "tests")
+from core.errors import UserError
+from core.run_folder import RunFolder
+from test_checkpoint import begin
+from training import checkpoint
+
+state, folder = begin(), RunFolder(Path(sys.argv[1]))
+checkpoint.save(state, folder)
+state.images_seen = 4
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    checkpoint.save(state, folder)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on the size of files")
+def test_a_file_that_may_not_grow_is_no_traceback(folder: RunFolder) -> None:
+    """Where the system itself refuses to write more, torch's own error becomes the sentence."""
+    arguments = [sys.executable, "-c", _LIMITED, str(folder.path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "000000000004.pt: cannot be written: File too large" in done.stdout
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["000000000000.pt"]
+    checkpoint.restore(begin(), newest(folder))
