@@ -20,7 +20,7 @@ class LogNormal(Section):
     """Name of this law."""
     mean: float = -1.2
     """Mean of log sigma."""
-    std: float = Field(1.2, ge=0)
+    std: float = Field(default=1.2, ge=0)
     """Standard deviation of log sigma."""
 
     def draw(self, draws: Draws, purpose: str) -> Tensor:
@@ -33,11 +33,11 @@ class Karras(Section):
 
     law: Literal["karras"] = "karras"
     """Name of this law."""
-    sigma_min: float = Field(0.002, gt=0)
+    sigma_min: float = Field(default=0.002, gt=0)
     """Smallest sigma."""
-    sigma_max: float = Field(80.0, gt=0)
+    sigma_max: float = Field(default=80.0, gt=0)
     """Largest sigma."""
-    rho: float = Field(7.0, gt=0)
+    rho: float = Field(default=7.0, gt=0)
     """Curvature of the schedule: larger favours small sigma."""
 
     @model_validator(mode="after")

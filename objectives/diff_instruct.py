@@ -35,11 +35,11 @@ class Config(Section):
     """Law of the noise level in the student phase."""
     score_sigma: SigmaLaw = LogNormal()
     """Law of the noise level in the score phase."""
-    score_steps: int = Field(1, ge=1)
+    score_steps: int = Field(default=1, ge=1)
     """Score steps for each student step."""
-    head_start_kimg: float = Field(0.0, ge=0)
+    head_start_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images during which only the score network learns."""
-    sigma_data: float = Field(0.5, gt=0)
+    sigma_data: float = Field(default=0.5, gt=0)
     """Standard deviation of the images, in EDM's loss weight."""
 
 

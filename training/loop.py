@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import cast
+from typing import cast
 
 import torch
 from pydantic import Field, model_validator
@@ -22,7 +24,7 @@ from core import distributed
 from core.config import Section
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import Batch, LossOutput, Networks, Objective, Phase
+from core.protocols import Batch, LossOutput, Networks, Objective, Phase, Student, Student
 from core.randomness import Draws
 from core.run_folder import RunFolder
 from training import checkpoint
@@ -34,31 +36,31 @@ from training.status import Status
 class Config(Section):
     """The `training` section of a recipe."""
 
-    duration_kimg: float = Field(5000, gt=0)
+    duration_kimg: float = Field(default=5000, gt=0)
     """Length of the run, in thousands of student images."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Images of one update, over all processes."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
     """Images a process puts through the networks at a time; null: its whole share of the batch."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Every random number of the training follows from it."""
-    student_lr: float = Field(1e-5, gt=0)
+    student_lr: float = Field(default=1e-5, gt=0)
     """Learning rate of the student."""
-    score_lr: float = Field(1e-5, gt=0)
+    score_lr: float = Field(default=1e-5, gt=0)
     """Learning rate of the score network."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer of both."""
-    warmup_kimg: float = Field(0.0, ge=0)
+    warmup_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images over which both learning rates rise from 0."""
-    gradient_clip: float | None = Field(None, gt=0)
+    gradient_clip: float | None = Field(default=None, gt=0)
     """Largest norm of an update's gradient; longer ones are scaled down to it. null: no limit."""
-    ema_halflife_kimg: float = Field(500.0, ge=0)
+    ema_halflife_kimg: float = Field(default=500.0, ge=0)
     """Half-life of the student's moving average, in thousands of images; 0: no averaging."""
-    ema_rampup: float | None = Field(0.05, gt=0)
+    ema_rampup: float | None = Field(default=0.05, gt=0)
     """The half-life is at most this times the images seen; null: no such limit."""
-    readings_every_kimg: float = Field(1.0, gt=0)
+    readings_every_kimg: float = Field(default=1.0, gt=0)
     """Thousands of images between rows of readings.jsonl."""
-    checkpoint_every_kimg: float = Field(500.0, ge=0)
+    checkpoint_every_kimg: float = Field(default=500.0, ge=0)
     """Thousands of images between checkpoints; 0: only at the end or when stopped."""
 
     @model_validator(mode="after")
@@ -184,7 +186,7 @@ def _micro_batches(draws: Draws, config: Config, world: World) -> Iterator[Draws
 
 
 def _batch(draws: Draws, networks: Networks) -> Batch:
-    student = networks.student
+    student = cast(Student, networks.student)
     labels = draws.integers("labels", student.num_classes) if student.num_classes else None
     return Batch(draws.normal("latents", student.latent_shape), labels, draws)
 

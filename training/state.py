@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from core.config import Section
 from core.protocols import Networks, TrainedNetwork
@@ -19,13 +19,13 @@ class OptimizerConfig(Section):
 
     name: str = "Adam"
     """Class in torch.optim."""
-    beta1: float = Field(0.0, ge=0, lt=1)
+    beta1: float = Field(default=0.0, ge=0, lt=1)
     """Decay of the mean gradient (optimizers with betas)."""
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the mean squared gradient (optimizers with betas)."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator (optimizers with eps)."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay."""
 
     @field_validator("name")
@@ -77,8 +77,9 @@ def start(
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, *, decay: float) -> None:
     """Move parameters to decay * average + (1 - decay) * network; copy buffers."""
-    slow, fast = list(average.parameters()), list(network.parameters())
-    torch._foreach_lerp_(slow, fast, 1 - decay)
+    slow: list[Tensor] = list(average.parameters())
+    fast: list[Tensor] = list(network.parameters())
+    torch._foreach_lerp_(slow, fast, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for kept, current in zip(average.buffers(), network.buffers(), strict=True):
         kept.copy_(current)
 
