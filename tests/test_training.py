@@ -462,5 +462,5 @@ def test_a_batch_smaller_than_the_processes_is_refused(folder: RunFolder) -> Non
 
 def test_a_micro_batch_larger_than_the_batch_is_refused() -> None:
     """The two numbers are named."""
-    with pytest.raises(ValidationError, match="micro_batch_size 20 is larger than batch_size 12"):
+    with pytest.raises(ValidationError, match="micro_batch_size 20 exceeds batch_size 12"):
         settings(micro_batch_size=20)
