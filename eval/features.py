@@ -79,15 +79,15 @@ def load(name: str, device: torch.device | str = "cpu") -> Extractor:
 class Config(Section):
     """Shape of a classifier."""
 
-    image_channels: int = Field(1, ge=1)
+    image_channels: int = Field(default=1, ge=1)
     """Channels of an image."""
-    resolution: int = Field(32, ge=8, multiple_of=8)
+    resolution: int = Field(default=32, ge=8, multiple_of=8)
     """Width and height of an image in pixels, a multiple of 8."""
-    width: int = Field(16, ge=1)
+    width: int = Field(default=16, ge=1)
     """Channels after the first convolution; later layers have up to four times as many."""
-    num_classes: int = Field(10, ge=2)
+    num_classes: int = Field(default=10, ge=2)
     """Classes it tells apart."""
-    feature_dim: int = Field(64, ge=1)
+    feature_dim: int = Field(default=64, ge=1)
     """Size of the penultimate layer, whose activations are the features."""
 
 

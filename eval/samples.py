@@ -29,17 +29,17 @@ class Config(Section):
     """Real images (zip, folder) or statistics (.npz), path or URL; null: nothing is measured."""
     extractor: str = "inception"
     """What features the FID compares: inception, mnist32, pixels or a classifier's weights file."""
-    images: int = Field(50_000, ge=2)
+    images: int = Field(default=50_000, ge=2)
     """Generated images a measurement, before and after."""
-    seeds: int = Field(1, ge=1)
+    seeds: int = Field(default=1, ge=1)
     """Measurements before and after, each on images of its own: they give mean and spread."""
-    batch_size: int = Field(250, ge=1)
+    batch_size: int = Field(default=250, ge=1)
     """Images generated at a time."""
-    every_kimg: float = Field(0.0, ge=0)
+    every_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images between measurements while training; 0 measures only before and after."""
-    images_while_training: int = Field(5_000, ge=2)
+    images_while_training: int = Field(default=5_000, ge=2)
     """Generated images of a measurement while training."""
-    pairs: int = Field(16, ge=1)
+    pairs: int = Field(default=16, ge=1)
     """Pairs of images, before and after from one latent, in the report's picture."""
 
 

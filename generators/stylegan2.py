@@ -34,7 +34,7 @@ NoiseMode = Literal["const", "random", "none"]
 class MappingConfig(Section):
     """The mapping network."""
 
-    num_layers: int = Field(8, ge=1)
+    num_layers: int = Field(default=8, ge=1)
     """Fully connected layers."""
     embed_features: int | None = None
     """Width of the label embedding; null: w_dim."""
@@ -49,11 +49,11 @@ class MappingConfig(Section):
 class Config(Section):
     """Shape of a StyleGAN2 generator, in the published argument names."""
 
-    z_dim: int = Field(512, ge=1)
+    z_dim: int = Field(default=512, ge=1)
     """Length of a latent."""
-    c_dim: int = Field(0, ge=0)
+    c_dim: int = Field(default=0, ge=0)
     """Classes; 0 = unconditional."""
-    w_dim: int = Field(512, ge=1)
+    w_dim: int = Field(default=512, ge=1)
     """Length of an intermediate latent."""
     img_resolution: int = Field(..., ge=4)
     """Height and width of an image, a power of two."""
@@ -61,9 +61,9 @@ class Config(Section):
     """Channels of an image."""
     mapping: MappingConfig = MappingConfig()
     """The mapping network."""
-    channel_base: int = Field(32768, ge=1)
+    channel_base: int = Field(default=32768, ge=1)
     """Channels times resolution, up to channel_max."""
-    channel_max: int = Field(512, ge=1)
+    channel_max: int = Field(default=512, ge=1)
     """Most channels in a layer."""
     architecture: Literal["orig", "skip", "resnet"] = "skip"
     """How blocks pass on their result."""

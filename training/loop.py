@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import cast
-from typing import cast
 
 import torch
 from pydantic import Field, model_validator
@@ -24,7 +23,7 @@ from core import distributed
 from core.config import Section
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import Batch, LossOutput, Networks, Objective, Phase, Student, Student
+from core.protocols import Batch, LossOutput, Networks, Objective, Phase, Student
 from core.randomness import Draws
 from core.run_folder import RunFolder
 from training import checkpoint
