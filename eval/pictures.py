@@ -38,7 +38,7 @@ def pairs_picture(pairs: Pairs) -> bytes:
     top = _TOP + 20 * bool(pairs.labels)
     pitch = 2 * tile_height + _SEAM + gap
     figure = _figure(_LEFT + columns * (tile_width + _SEAM) + 20, top + rows * pitch + 24 - gap)
-    _text(figure, _LEFT, 26, "Same latents, before and after refinement", size=13, weight="bold")
+    _text(figure, _LEFT, 26, "Same latents, before and after", size=13, weight="bold")
     for row in range(rows):
         middle = top + row * pitch + tile_height / 2
         _row_name(figure, middle, "before", colour=_BEFORE)

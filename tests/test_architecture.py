@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "data": {"core"},
     "eval": {"core", "data"},
     "generators": {"core", "custom_ops"},
+    "refinement": {"core", "custom_ops", "data", "eval", "generators", "teachers", "training"},
 }
 """Folder -> the other folders it may import."""
 EXCEPTIONS = {
