@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -24,7 +26,7 @@ from core.distributed import World
 from core.downloads import cache_path
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
-from eval import report
+from eval import features, report
 from refinement.parts import found, load_parts
 from refinement.recipe import Recipe, read_recipe
 from refinement.run import Run, finish, note_session, open_run, train
@@ -95,8 +97,8 @@ def _outcome(command: Callable[[], None]) -> int:
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         return 2
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
+    except KeyboardInterrupt as stop:
+        click.echo(str(stop) or "stopped before a run began", err=True)
         return 2
     return 0
 
@@ -137,9 +139,12 @@ def _recipe_of(arguments: Sequence[str]) -> Recipe:
     """Return the recipe of the command line: a file or the default, with overrides on top."""
     files = [argument for argument in arguments if "=" not in argument]
     if len(files) > 1:
-        raise UserError(f"got two recipes, {files[0]} and {files[1]}; expected one")
+        raise UserError(
+            f"got two recipes, {files[0]} and {files[1]}: expected one, "
+            "then settings of the form key.path=value"
+        )
     overrides = [argument for argument in arguments if "=" in argument]
-    return read_recipe(Path(files[0]) if files else DEFAULT_RECIPE, overrides)
+    return read_recipe(Path(found(files[0])) if files else DEFAULT_RECIPE, overrides)
 
 
 def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: bool) -> None:
@@ -150,26 +155,45 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
         if folder is None:
             folder = distributed.from_main(_new_folder(recipe, outdir, world), world)
         run = open_run(recipe, parts, folder, world)
-        if training:
-            _train_or_say_how_to_go_on(run)
-        made = finish(run)
+        with _saying_what_is_saved(run):
+            if training:
+                train(run)
+            made = finish(run)
         if world.is_main:
             click.echo(f"\n{report.summary(made)}\n\nreport: {run.folder.report / 'report.md'}")
 
 
-def _train_or_say_how_to_go_on(run: Run) -> None:
-    resume = f"python refine.py --resume {run.folder.path}"
+@contextmanager
+def _saying_what_is_saved(run: Run) -> Iterator[None]:
+    """Run the body; what stops it also says how far the run is saved, and what to do with that.
+
+    A request to stop and a divergence reach all processes, of which the main one speaks.
+    """
     try:
-        train(run)
-    except (loop.Interrupted, KeyboardInterrupt) as error:
+        yield
+    except (loop.Interrupted, KeyboardInterrupt) as stop:
+        _leave_unless_main(run)
         note_session(run)
-        raise UserError(
-            f"stopped; {checkpoint.images_saved(run.folder)} images are saved; go on with: {resume}"
-        ) from error
+        raise KeyboardInterrupt(f"stopped; {_saved(run)}; {_go_on(run)}") from stop
     except loop.Diverged as error:
-        raise UserError(
-            f"{error}\nthe newest checkpoint is whole; see {run.folder.path}"
-        ) from error
+        _leave_unless_main(run)
+        how = f"see how good that is with: python refine.py --report {run.folder.path}"
+        raise UserError(f"{error}\n{_saved(run)}; {how}") from error
+    except UserError as error:
+        raise UserError(f"{error}\n{_saved(run)}; {_go_on(run)}") from error
+
+
+def _leave_unless_main(run: Run) -> None:
+    if not run.world.is_main:
+        sys.exit(2)
+
+
+def _saved(run: Run) -> str:
+    return f"the state after {checkpoint.images_saved(run.folder)} images is saved"
+
+
+def _go_on(run: Run) -> str:
+    return f"go on with: python refine.py --resume {run.folder.path}"
 
 
 def _new_folder(recipe: Recipe, outdir: Path, world: World) -> RunFolder | None:
@@ -177,21 +201,33 @@ def _new_folder(recipe: Recipe, outdir: Path, world: World) -> RunFolder | None:
     if not world.is_main:
         return None
     folder = RunFolder.create(outdir, recipe.name)
-    with atomic_write(folder.recipe) as partial:
-        partial.write_text(config.to_yaml(recipe), encoding="utf-8")
+    try:
+        with atomic_write(folder.recipe) as partial:
+            partial.write_text(config.to_yaml(recipe), encoding="utf-8")
+    except UserError:
+        shutil.rmtree(folder.path)  # without its recipe it is no run folder
+        raise
     _log.info("run folder: %s", folder.path)
     return folder
 
 
 def _plan(recipe: Recipe) -> str:
-    """Return the resolved recipe, and for each file of it where it is."""
+    """Return the resolved recipe, and where each file that it needs is."""
+    reference = recipe.evaluation.reference
     sources = {
         "student": recipe.student.weights,
         "teacher": recipe.teacher.weights,
-        "reference": recipe.evaluation.reference,
+        "reference": None if reference == "teacher" else reference,
+        "extractor": None if reference is None else _weights_of(recipe.evaluation.extractor),
     }
     lines = [f"# {name}: {_whereabouts(source)}" for name, source in sources.items() if source]
     return "\n".join([config.to_yaml(recipe), "# would be loaded:", *lines])
+
+
+def _weights_of(extractor: str) -> str | None:
+    """Return path or URL of an extractor's weights; None for one that this program carries."""
+    carried = {"inception": features.INCEPTION_URL, "mnist32": None, "pixels": None}
+    return carried.get(extractor, extractor.removeprefix("inception:"))
 
 
 def _whereabouts(source: str) -> str:

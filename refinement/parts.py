@@ -104,11 +104,13 @@ def _load_reference(
     extractor = features.load(settings.extractor, world.device)
     if settings.reference == "teacher":
         return extractor, _teacher_reference(settings, teacher.to(world.device), extractor)
+    extractor(torch.zeros(1, *student.image_shape, dtype=torch.uint8))  # refuses what cannot fit
     real = reference.reference_statistics(found(settings.reference), extractor)
     if real.image_shape not in (None, tuple(student.image_shape)):
         raise UserError(
             f"{settings.reference} holds images of {_size(real.image_shape)}, "
-            f"the student makes {_size(student.image_shape)}"
+            f"the student makes images of {_size(student.image_shape)}: "
+            "choose a reference of the same resolution and channels"
         )
     return extractor, real
 

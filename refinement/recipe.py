@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from core import config, plugins
-from core.config import Section
+from core.config import ConfigError, Section
+from core.errors import UserError
 from custom_ops import backend
 from eval import samples
 from training import loop
+
+FOLDERS = {"student": "generators", "teacher": "teachers"}
+"""Section of a recipe -> the folder that holds its families."""
 
 
 def _objective_type() -> object:
@@ -44,6 +48,8 @@ class NetworkSection(Section):
             raise ValueError("give either weights (a file) or family and config (drawn afresh)")
         if self.config is not None and self.family is None:
             raise ValueError("config needs family: whose settings are these?")
+        if self.sha256 is not None and self.weights is None:
+            raise ValueError("sha256 is that of a weights file, and none is given")
         return self
 
 
@@ -73,18 +79,41 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     wrong.
     """
     plain = config.with_overrides({"name": path.stem, **config.read_yaml(path)}, overrides)
-    recipe = config.validate(Recipe, plain, source=str(path))
-    for folder, section in (("generators", recipe.student), ("teachers", recipe.teacher)):
-        if section.config is not None:
-            family_config(folder, section)
+    source = f"{path}, with what the command line sets," if overrides else str(path)
+    lines = [*_family_errors("student", plain), *_family_errors("teacher", plain)]
+    try:
+        recipe = config.validate(Recipe, plain, source=source)
+    except ConfigError as error:
+        raise ConfigError(source, [*error.lines, *lines]) from None
+    if lines:
+        raise ConfigError(source, lines)
     return recipe
 
 
 def family_config(folder: str, section: NetworkSection) -> BaseModel:
-    """Return the settings of a network without weights. Raises ConfigError naming all that is
+    """Return the settings of a network without weights. Raises UserError naming all that is
     wrong.
     """
     module = plugins.load(folder, section.family or "")
     return config.validate(
         module.Config, section.config or {}, source=f"{section.family} in {folder}/"
     )
+
+
+def _family_errors(role: str, recipe: Mapping[str, object]) -> list[str]:
+    """Return what is wrong with a section's family and the settings of it, a line each."""
+    try:
+        section = NetworkSection.model_validate(recipe.get(role))
+    except ValidationError:
+        return []  # the recipe's own validation says so
+    if section.family is None:
+        return []
+    try:
+        plugins.load(FOLDERS[role], section.family)
+        if section.config is not None:
+            family_config(FOLDERS[role], section)
+    except ConfigError as error:
+        return [f"{role}.config.{line}" for line in error.lines]
+    except UserError as error:
+        return [f"{role}.family: {error}"]
+    return []

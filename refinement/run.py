@@ -65,10 +65,7 @@ def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> R
     newest = distributed.from_main(checkpoint.newest(folder), world)
     if newest is not None:
         checkpoint.restore(state, newest)
-        _log.info("going on from %s: %d images seen", newest.name, state.images_seen)
-    if world.is_main:
-        folder.keep_readings_until(state.images_seen)
-    distributed.barrier(world)
+        _log.info("found %s: %d images seen", newest.name, state.images_seen)
     return Run(recipe, parts, folder, world, original, state)
 
 
@@ -76,25 +73,30 @@ def train(run: Run) -> None:
     """Train to the end of the recipe. Raises loop.Interrupted, with the state saved, when asked to
     stop.
     """
-    with _timed(run, "before"):
-        _measured(run, "before", run.original)
-        if run.state.images_seen == 0 and run.recipe.evaluation.every_kimg > 0:
-            _append(run, {"measured": _measure_while_training(run, run.state)})
-    with _timed(run, "training"), _stop_signal() as stop_requested:
-        loop.train(
-            run.state,
-            run.parts.objective,
-            run.recipe.training,
-            folder=run.folder,
-            world=run.world,
-            measure=lambda state: _measure_while_training(run, state),
-            measure_every_kimg=run.recipe.evaluation.every_kimg,
-            stop_requested=stop_requested,
-        )
+    if run.world.is_main:
+        run.folder.keep_readings_until(run.state.images_seen)
+    distributed.barrier(run.world)
+    _measured(run, "before", run.original)
+    if run.state.images_seen >= run.recipe.training.total_images:
+        return
+    with _timed(run, "training"):
+        _begin_curve(run)
+        with _stop_signal() as stop_requested:
+            loop.train(
+                run.state,
+                run.parts.objective,
+                run.recipe.training,
+                folder=run.folder,
+                world=run.world,
+                measure=lambda state: _measure_while_training(run, state),
+                measure_every_kimg=run.recipe.evaluation.every_kimg,
+                stop_requested=stop_requested,
+            )
 
 
 def finish(run: Run) -> report.Report:
     """Return the report of the run as it stands, after writing it and the refined weights."""
+    _measured(run, "before", run.original)
     student = copy.deepcopy(run.state.student_ema)
     if hasattr(student, "settle"):
         student.settle()
@@ -104,8 +106,7 @@ def finish(run: Run) -> report.Report:
             "images_seen": run.state.images_seen,
         }
         networks.save(run.folder.student, student, provenance=provenance)
-    with _timed(run, "after"):
-        _measured(run, "after", student)
+    _measured(run, "after", student)
     note_session(run)
     made = _report(run)
     if run.world.is_main:
@@ -126,15 +127,16 @@ def _measured(run: Run, when: str, student: nn.Module) -> None:
         return
     settings = run.recipe.evaluation
     _log.info("measuring %s: %d x %d images", when, settings.seeds, settings.images)
-    fid = samples.fid_over_seeds(
-        student,
-        run.parts.extractor,
-        run.parts.reference,
-        images=settings.images,
-        seeds=settings.seeds,
-        batch_size=settings.batch_size,
-        world=run.world,
-    )
+    with _timed(run, when):
+        fid = samples.fid_over_seeds(
+            student,
+            run.parts.extractor,
+            run.parts.reference,
+            images=settings.images,
+            seeds=settings.seeds,
+            batch_size=settings.batch_size,
+            world=run.world,
+        )
     if run.world.is_main:
         row = {"images_seen": images_seen, when: {"fid": list(fid.values)}}
         run.folder.append_reading(row)
@@ -147,6 +149,13 @@ def _noted(folder: RunFolder, when: str, images_seen: int) -> dict[str, MetricRe
             values = cast(Mapping[str, list[float]], row[when])
             return {name: MetricResult.of(found) for name, found in values.items()}
     return None
+
+
+def _begin_curve(run: Run) -> None:
+    """Measure at the start, unless an earlier process did."""
+    is_begun = any("measured" in row for row in run.folder.read_readings())
+    if run.recipe.evaluation.every_kimg > 0 and not distributed.from_main(is_begun, run.world):
+        _append(run, {"measured": _measure_while_training(run, run.state)})
 
 
 def _measure_while_training(run: Run, state: TrainState) -> dict[str, float]:
@@ -171,9 +180,13 @@ def _measure_while_training(run: Run, state: TrainState) -> dict[str, float]:
 
 
 def _report(run: Run) -> report.Report:
-    """Return the report's data, from the readings and what was loaded."""
+    """Return the report's data, from the readings up to here and what was loaded."""
     recipe, parts = run.recipe, run.parts
-    rows = run.folder.read_readings()
+    rows = [
+        row
+        for row in run.folder.read_readings()
+        if cast(int, row["images_seen"]) <= run.state.images_seen
+    ]
     sessions = [cast(dict, row["session"]) for row in rows if "session" in row]
     points = [
         report.CurvePoint(cast(int, row["images_seen"]), cast(dict, row["measured"])["fid"])
@@ -225,7 +238,9 @@ def _append(run: Run, row: Mapping[str, object]) -> None:
 
 
 def note_session(run: Run) -> None:
-    """Write down how long this process worked on the run."""
+    """Write down how long this process worked on the run, if it did."""
+    if not run.seconds:
+        return
     session = {"started_at": run.started_at, "finished_at": _now(), "seconds": run.seconds}
     _append(run, {"session": session})
 
