@@ -29,6 +29,8 @@ def load(folder: str, source: str | Path, *, records: Sequence[str]) -> nn.Modul
     """
     file = weights.read(local_file(source))
     if isinstance(file, SavedNetwork):
+        if file.family not in plugins.names(folder):
+            raise _unknown(folder, f"a {file.family} network", file.path)
         return _rebuilt(folder, file.family, file.config, file.tensors, path=file.path)
     name = next((name for name in records if name in file.records), records[0])
     record = file.record(name)
@@ -65,10 +67,12 @@ def _claimed(
             raise UserError(f"{file.path}: {error}") from error
         if shape is not None:
             return family, shape.model_dump(mode="json")
-    raise UserError(
-        f"{file.path} holds a network of class {record.class_name}, which none of {folder}/ knows: "
-        f"{', '.join(plugins.names(folder))}"
-    )
+    raise _unknown(folder, f"a network of class {record.class_name}", file.path)
+
+
+def _unknown(folder: str, held: str, path: Path) -> UserError:
+    known = ", ".join(plugins.names(folder))
+    return UserError(f"{path} holds {held}, which none of {folder}/ knows: {known}")
 
 
 def _rebuilt(
