@@ -212,8 +212,8 @@ def _checked_norm(
         raise Diverged(
             f"the {phase.name} phase gave a loss of {float(loss):.4g} and a gradient of norm "
             f"{float(norm):.4g} after {images_seen} images; no weight was changed by it. "
-            f"Try a smaller training.{phase.trains}_lr, "
-            "a training.warmup_kimg, or a training.gradient_clip"
+            "Try a smaller training.student_lr and training.score_lr (each network learns from the "
+            "other), a training.warmup_kimg, or a training.gradient_clip"
         )
     return norm
 
