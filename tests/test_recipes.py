@@ -1,0 +1,124 @@
+"""The shipped recipes: each one reads, names the schema, and fits what it was written for."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from refine_command import ROOT, call
+
+import refine
+from core import config
+from core.distributed import World
+from core.protocols import Networks
+from refinement.parts import Parts, load_parts
+from refinement.recipe import Recipe, read_recipe
+from training import loop, state
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+shipped = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+
+
+def test_the_schema_is_that_of_the_recipe() -> None:
+    """configs/recipe.schema.json is what --write-schema writes; run it after changing a Config."""
+    assert json.loads(refine.SCHEMA.read_text()) == config.schema(Recipe)
+
+
+def test_the_schema_is_written_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--write-schema writes the shipped file, byte for byte."""
+    monkeypatch.setattr(refine, "SCHEMA", tmp_path / "schema.json")
+    assert call("--write-schema").code == 0
+    assert refine.SCHEMA.read_bytes() == (ROOT / "configs" / "recipe.schema.json").read_bytes()
+
+
+@shipped
+def test_a_recipe_names_the_schema_in_its_first_line(path: Path) -> None:
+    """Editors find the schema by the path in the first line, relative to the recipe."""
+    first = path.read_text().splitlines()[0]
+    prefix = "# yaml-language-server: $schema="
+    assert first.startswith(prefix)
+    assert (path.parent / first.removeprefix(prefix)).resolve() == refine.SCHEMA
+
+
+@shipped
+def test_a_recipe_can_be_looked_at_without_its_files(path: Path) -> None:
+    """--dry-run reads the recipe and needs none of what it names."""
+    outcome = call("--gan", path, "--dry-run")
+    assert outcome.code == 0, outcome.stderr
+    assert f"name: {path.stem}\n" in outcome.stdout
+
+
+def test_a_recipe_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """configs/… is looked for where the user is, then beside the program."""
+    monkeypatch.chdir(tmp_path)
+    assert call("--gan", "configs/gan/gaussian.yaml", "--dry-run").code == 0
+
+
+def test_the_tutorial_runs_with_nothing_pretrained(tmp_path: Path) -> None:
+    """The Gaussian recipe, cut short, goes all the way to its report."""
+    short = ["training.duration_kimg=0.256", "evaluation.every_kimg=0"]
+    few = ["evaluation.images=300", "evaluation.seeds=2", "device=cpu"]
+    outcome = call("--gan", ROOT / "configs/gan/gaussian.yaml", *short, *few, "--outdir", tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    assert (tmp_path / "00000-gaussian" / "report" / "report.md").exists()
+
+
+def test_the_unconditional_cifar10_recipe_trains_networks_of_the_published_shapes() -> None:
+    """One round on freshly drawn networks of the shapes that the recipe's weights have."""
+    recipe, parts = _with_drawn_weights("uncond", classes=0)
+    networks = Networks(parts.student, copy.deepcopy(parts.teacher), parts.teacher)
+    began = state.start(
+        networks,
+        student_lr=recipe.training.student_lr,
+        score_lr=recipe.training.score_lr,
+        optimizer=recipe.training.optimizer,
+    )
+    for phase in parts.objective.phases:
+        readings = loop.update(phase, 0, began, recipe.training, trained=networks, world=ALONE)
+        assert all(value.isfinite() for value in readings.values())
+        assert readings[f"{phase.name}_gradient"] > 0
+
+
+def test_the_conditional_cifar10_recipe_takes_networks_of_the_published_shapes() -> None:
+    """What the student makes of ten classes is what the teacher takes, and labels matter to it."""
+    _, parts = _with_drawn_weights("cond", classes=10)
+    latents = torch.randn(1, 512, generator=torch.Generator().manual_seed(0)).expand(2, -1)
+    with torch.no_grad():
+        images = parts.student(latents, torch.tensor([0, 9]))
+        denoised = parts.teacher(images, torch.ones(2), torch.tensor([0, 9]))
+    assert images.shape == denoised.shape == (2, 3, 32, 32)
+    assert not torch.allclose(images[0], images[1])
+
+
+def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Parts]:
+    """Return a CIFAR-10 recipe and its parts, with families and shapes in place of weights.
+
+    Shapes: StyleGAN2-ADA's configuration "cifar", EDM's DDPM++.
+    """
+    student = {"img_resolution": 32, "img_channels": 3, "c_dim": classes, "conv_clamp": 256}
+    teacher = {
+        "img_resolution": 32,
+        "img_channels": 3,
+        "label_dim": classes,
+        "model_type": "SongUNet",
+        "channel_mult": [2, 2, 2],
+        "augment_dim": 9,
+        "dropout": 0.13,
+    }
+    recipe = read_recipe(
+        ROOT / "configs" / "gan" / f"cifar10_{kind}.yaml",
+        [
+            *("student.weights=", "student.family=stylegan2"),
+            f"student.config={json.dumps({**student, 'mapping': {'num_layers': 2}})}",
+            *("teacher.weights=", "teacher.family=edm", f"teacher.config={json.dumps(teacher)}"),
+            *("training.batch_size=2", "evaluation.reference=", "device=cpu"),
+        ],
+    )
+    return recipe, load_parts(recipe, ALONE)
