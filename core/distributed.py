@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +118,10 @@ def wrap(network: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return network
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # Newer versions of torch rename the argument, which the older ones do not know.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
 
 def unwrap(network: nn.Module) -> nn.Module:
