@@ -33,6 +33,8 @@ from training import state as training_state
 from training.state import TrainState
 
 _log = logging.getLogger(__name__)
+_ONE_REQUEST_SECONDS = 1.0
+"""Signals that come within this time ask for one thing."""
 
 
 @dataclass
@@ -266,17 +268,18 @@ def _timed(run: Run, part: str) -> Iterator[None]:
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGINT or SIGTERM came; a second one acts at once."""
-    came: list[int] = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Yield a function that says whether SIGINT or SIGTERM came; a second one raises at once.
 
-    def note(number: int, _: object) -> None:
-        came.append(number)
-        for later, handler in previous.items():
-            signal.signal(later, handler)
+    Ctrl-C under torchrun arrives twice, from the terminal and from torchrun: that is one request.
+    """
+    came: list[float] = []
 
-    for number in previous:
-        signal.signal(number, note)
+    def note(*_: object) -> None:
+        came.append(time.monotonic())
+        if came[-1] - came[0] > _ONE_REQUEST_SECONDS:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(came)
     finally:
