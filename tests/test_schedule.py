@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.schedule import Every, ema_decay, warmup
+from training.schedule import Every, annealing, ema_decay, warmup
 
 
 @pytest.mark.parametrize("batch", [1, 64, 300, 1000, 2500])
@@ -34,6 +34,14 @@ def test_warmup_rises_linearly_and_stays_at_one() -> None:
     assert warmup(500, warmup_kimg=2) == 0.25
     assert warmup(2000, warmup_kimg=2) == warmup(10**6, warmup_kimg=2) == 1
     assert warmup(0, warmup_kimg=0) == 1
+
+
+def test_annealing_falls_linearly_to_zero_at_the_end() -> None:
+    """1 until the last 4,000 images, a half in their middle, 0 at the end; 0 kimg switches it off."""
+    assert annealing(6000, total_images=10_000, anneal_kimg=4) == 1
+    assert annealing(8000, total_images=10_000, anneal_kimg=4) == 0.5
+    assert annealing(10_000, total_images=10_000, anneal_kimg=4) == 0
+    assert annealing(10_000, total_images=10_000, anneal_kimg=0) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 50, 500])

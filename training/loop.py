@@ -27,7 +27,7 @@ from core.protocols import Batch, LossOutput, Networks, Objective, Phase, Studen
 from core.randomness import Draws
 from core.run_folder import RunFolder
 from training import checkpoint
-from training.schedule import Every, ema_decay, warmup
+from training.schedule import Every, annealing, ema_decay, warmup
 from training.state import OptimizerConfig, TrainState, follow
 from training.status import Status
 
@@ -51,6 +51,8 @@ class Config(Section):
     """The optimizer of both."""
     warmup_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images over which both learning rates rise from 0."""
+    anneal_kimg: float = Field(default=0.0, ge=0)
+    """Thousands of images at the end over which both learning rates fall to 0."""
     gradient_clip: float | None = Field(default=None, gt=0)
     """Largest norm of an update's gradient; longer ones are scaled down to it. null: no limit."""
     ema_halflife_kimg: float = Field(default=500.0, ge=0)
@@ -223,8 +225,11 @@ def _set_learning_rate(
 ) -> None:
     base = config.student_lr if phase.trains == "student" else config.score_lr
     after = images_seen + config.batch_size
+    factor = warmup(after, warmup_kimg=config.warmup_kimg) * annealing(
+        images_seen, total_images=config.total_images, anneal_kimg=config.anneal_kimg
+    )
     for group in optimizer.param_groups:
-        group["lr"] = base * warmup(after, warmup_kimg=config.warmup_kimg)
+        group["lr"] = base * factor
 
 
 def _advance(state: TrainState, config: Config) -> None:

@@ -30,6 +30,14 @@ def warmup(images_seen: int, *, warmup_kimg: float) -> float:
     return 1.0 if warmup_kimg == 0 else min(images_seen / (warmup_kimg * 1000), 1.0)
 
 
+def annealing(images_seen: int, *, total_images: int, anneal_kimg: float) -> float:
+    """Return the factor on the learning rate: 1, then falling linearly to 0 over the last
+    anneal_kimg.
+    """
+    left = total_images - images_seen
+    return 1.0 if anneal_kimg == 0 else min(max(left / (anneal_kimg * 1000), 0.0), 1.0)
+
+
 def ema_decay(
     images: int, *, images_seen: int, halflife_kimg: float, rampup: float | None
 ) -> float:
