@@ -79,7 +79,8 @@ class Status:
         return (images_seen - self._started_images) / (time.monotonic() - self._started_at)
 
     def _show(self, images_seen: int, rate: float, means: Mapping[str, float]) -> None:
-        left = timedelta(seconds=round((self.total_images - images_seen) / max(rate, 1e-9)))
+        remaining = max(self.total_images - images_seen, 0)
+        left = timedelta(seconds=round(remaining / max(rate, 1e-9)))
         shown = {**means, **{f"last {name}": value for name, value in self._measured.items()}}
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         text = f"{rate:.0f} images/s  {left} left  {values}"

@@ -54,9 +54,6 @@ TEACHER = edm.Config(
     attn_resolutions=(8,),
     dropout=0.0,
 )
-STUDENT_DIGITS = 1000
-"""Digits that the GAN is trained on: with few, its discriminator learns them by heart, the usual
-way in which a GAN stops improving. The diffusion model is trained on all of them."""
 HELD_OUT = 1000
 """Digits that the feature network never sees: its accuracy is measured on them."""
 _source = click.argument("source", type=click.Path(exists=True, path_type=Path))
@@ -102,11 +99,11 @@ def make_reference(source: Path) -> None:
 
 @main.command("student")
 @_source
-@click.option("--kimg", default=200.0, show_default=True, help="Length in thousands of digits.")
+@click.option("--kimg", default=120.0, show_default=True, help="Length in thousands of digits.")
 @click.option("--every-kimg", default=10.0, show_default=True, help="Between measurements.")
 def make_student(source: Path, kimg: float, every_kimg: float) -> None:
     """Train the GAN to its plateau; the best of its measured moving averages is kept."""
-    images, labels = (part[:STUDENT_DIGITS] for part in _digits(source))
+    images, labels = _digits(source)
     torch.manual_seed(0)
     student = stylegan2.build(STUDENT).to(memory_format=torch.channels_last)
     steps = adversarial.train(student, images, labels, adversarial.Settings(total_kimg=kimg))
