@@ -37,7 +37,7 @@ def test_warmup_rises_linearly_and_stays_at_one() -> None:
 
 
 def test_annealing_falls_linearly_to_zero_at_the_end() -> None:
-    """1 until the last 4,000 images, a half in their middle, 0 at the end; 0 kimg switches it off."""
+    """1 until the last 4,000 images, a half in their middle, 0 at the end; 0 kimg: always 1."""
     assert annealing(6000, total_images=10_000, anneal_kimg=4) == 1
     assert annealing(8000, total_images=10_000, anneal_kimg=4) == 0.5
     assert annealing(10_000, total_images=10_000, anneal_kimg=4) == 0
