@@ -8,7 +8,6 @@ metadata has "format" (gan-refinement-toolkit/1), "network" (JSON: family, confi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from core import pickles
 from core.downloads import sha256_of
 from core.errors import UserError
 from core.pickles import NetworkRecord
+from core.run_folder import atomic_write
 
 _FORMAT = "gan-refinement-toolkit/1"
 _LONGEST_HEADER_BYTES = 100_000_000
@@ -97,7 +97,8 @@ def save(
         metadata["provenance"] = _json(dict(provenance))
     own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     content = safetensors.torch.save({k: v.contiguous() for k, v in own.items()}, metadata)
-    _write(Path(path), _in_order(content))
+    with atomic_write(Path(path)) as partial:
+        partial.write_bytes(_in_order(content))
 
 
 def _json(value: Mapping[str, object]) -> str:
@@ -112,23 +113,6 @@ def _in_order(content: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + content[end:]
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({len(content) / 1e6:.1f} MB): {error.strerror}. "
-            "What was there before is unchanged."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_safetensors(start: bytes) -> bool:
