@@ -92,14 +92,21 @@ TrainedNetwork = Literal["student", "score"]
 
 @dataclass(frozen=True)
 class Phase:
-    """One kind of update: which network it trains, on which loss, how many times a round."""
+    """One kind of update: which networks it trains, on which loss, how many times a round."""
 
     name: str
-    trains: TrainedNetwork
+    trains: tuple[TrainedNetwork, ...]
     loss: Callable[[Networks, Batch], LossOutput]
     repeats: int = 1
     starts_at: int = 0
     """Images seen before which the phase is left out."""
+    ends_at: int | None = None
+    """Images seen from which on the phase is left out again; None: never."""
+
+    def repeats_at(self, images_seen: int) -> int:
+        """Return how many times the phase runs in the round that begins after so many images."""
+        over = self.ends_at is not None and images_seen >= self.ends_at
+        return self.repeats if self.starts_at <= images_seen and not over else 0
 
 
 class Objective(Protocol):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from core.config import Section
@@ -52,7 +52,14 @@ class Karras(Section):
         return (high + draws.uniform(purpose) * (low - high)) ** self.rho
 
 
-SigmaLaw = Annotated[LogNormal | Karras, Field(discriminator="law")]
+def _lognormal_unless_named(value: object) -> object:
+    return {"law": "lognormal", **value} if isinstance(value, dict) else value
+
+
+SigmaLaw = Annotated[
+    Annotated[LogNormal | Karras, Field(discriminator="law")],
+    BeforeValidator(_lognormal_unless_named),
+]
 
 
 def column(sigma: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from core.config import Section
 from core.protocols import Batch, LossOutput, Networks, Phase
@@ -33,26 +33,43 @@ class Config(Section):
     """w(sigma) on the score difference: sigma_squared, edm, uniform or dmd."""
     sigma: SigmaLaw = LogNormal()
     """Law of the noise level in the student phase."""
-    score_sigma: SigmaLaw = LogNormal()
-    """Law of the noise level in the score phase."""
+    score_sigma: SigmaLaw | None = None
+    """Law of the noise level in the score phase; null: as in the student phase."""
     score_steps: int = Field(default=1, ge=1)
     """Score steps for each student step."""
+    shared_batch: bool = False
+    """Take a score and the student step on one batch of images, with one score pass for both."""
     head_start_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images during which only the score network learns."""
     sigma_data: float = Field(default=0.5, gt=0)
     """Standard deviation of the images, in EDM's loss weight."""
 
+    @model_validator(mode="after")
+    def _one_law_of_a_shared_batch(self) -> Config:
+        if self.shared_batch and self.score_sigma not in (None, self.sigma):
+            raise ValueError("shared_batch has one sigma for both steps: leave score_sigma out")
+        return self
+
 
 class DiffInstruct:
-    """The two phases of Diff-Instruct, score first."""
+    """The two phases of Diff-Instruct, score first; or, on a shared batch, both at once."""
 
     def __init__(self, config: Config) -> None:
-        score = partial(score_loss, config=config)
-        student = partial(student_loss, config=config)
-        self.phases = (
-            Phase("score", "score", score, repeats=config.score_steps),
-            Phase("student", "student", student, starts_at=round(config.head_start_kimg * 1000)),
+        score, student, both = (
+            partial(loss, config=config) for loss in (score_loss, student_loss, shared_loss)
         )
+        begin, steps = round(config.head_start_kimg * 1000), config.score_steps
+        if not config.shared_batch:
+            self.phases = (
+                Phase("score", ("score",), score, repeats=steps),
+                Phase("student", ("student",), student, starts_at=begin),
+            )
+        else:
+            self.phases = (
+                Phase("score", ("score",), score, repeats=steps, ends_at=begin),
+                Phase("score", ("score",), score, repeats=steps - 1, starts_at=begin),
+                Phase("both", ("score", "student"), both, starts_at=begin),
+            )
 
 
 def build(config: Config) -> DiffInstruct:
@@ -64,16 +81,13 @@ def score_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutpu
     """Return EDM's denoising loss of the score network on the student's images (EDM, Eq. 2 and
     Table 1).
 
-    lambda(sigma) |D_score(x + sigma n; sigma) - x|^2 summed over pixels, [N].
     """
     with torch.no_grad():
         images = networks.student(batch.latents, batch.labels)
-    sigma = config.score_sigma.draw(batch.draws, "sigma")
+    sigma = (config.score_sigma or config.sigma).draw(batch.draws, "sigma")
     noisy = add_noise(images, sigma, batch.draws, "noise")
-    error = networks.score(noisy, sigma, batch.labels) - images
-    squared = error.square().flatten(1).sum(1)  # [N]
-    loss = edm_weight(sigma, sigma_data=config.sigma_data) * squared
-    return LossOutput(loss, {"score_loss": loss.detach().mean() / images[0].numel()})
+    denoised = networks.score(noisy, sigma, batch.labels)
+    return denoising_loss(denoised, images, sigma, sigma_data=config.sigma_data)
 
 
 def student_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutput:
@@ -81,11 +95,53 @@ def student_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOut
     images = networks.student(batch.latents, batch.labels)
     sigma = config.sigma.draw(batch.draws, "sigma")
     noisy = add_noise(images.detach(), sigma, batch.draws, "noise")
-    condition = partial(_denoise, noisy=noisy, sigma=sigma, labels=batch.labels)
+    with torch.no_grad():
+        denoised = networks.score(noisy, sigma, batch.labels)
+    return _surrogate(images, denoised, noisy, sigma, networks, batch, config=config)
+
+
+def shared_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutput:
+    """Return the sum of both phases' losses on the same images, noise and score pass, [N].
+
+    The score network learns from the first term alone and the student from the second alone, so
+    the gradient of the sum is both. The student meets the score of before this step.
+    """
+    images = networks.student(batch.latents, batch.labels)
+    sigma = config.sigma.draw(batch.draws, "sigma")
+    noisy = add_noise(images.detach(), sigma, batch.draws, "noise")
+    denoised = networks.score(noisy, sigma, batch.labels)
+    score = denoising_loss(denoised, images.detach(), sigma, sigma_data=config.sigma_data)
+    student = _surrogate(images, denoised.detach(), noisy, sigma, networks, batch, config=config)
+    return LossOutput(score.per_image + student.per_image, {**score.readings, **student.readings})
+
+
+def denoising_loss(
+    denoised: Tensor, images: Tensor, sigma: Tensor, *, sigma_data: float
+) -> LossOutput:
+    """Return lambda(sigma) |D(x + sigma n; sigma) - x|^2 summed over pixels, [N]; its reading is
+    per pixel.
+    """
+    loss = edm_weight(sigma, sigma_data=sigma_data) * (denoised - images).square().flatten(1).sum(1)
+    return LossOutput(loss, {"score_loss": loss.detach().mean() / images[0].numel()})
+
+
+def _surrogate(
+    images: Tensor,
+    score_denoised: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    networks: Networks,
+    batch: Batch,
+    *,
+    config: Config,
+) -> LossOutput:
+    """Return the images times their pull, [N]: its gradient by the images is the pull."""
+    with torch.no_grad():
+        teacher_denoised = networks.teacher(noisy, sigma, batch.labels)
     pull = ikl_pull(
         images.detach(),
-        condition(networks.score),
-        condition(networks.teacher),
+        score_denoised,
+        teacher_denoised,
         sigma,
         weighting=config.weighting,
         sigma_data=config.sigma_data,
@@ -130,8 +186,3 @@ _WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "edm": lambda sigma, sigma_data: edm_weight(sigma, sigma_data=sigma_data),
     "uniform": lambda sigma, _: sigma.square().reciprocal(),
 }
-
-
-@torch.no_grad()
-def _denoise(network: nn.Module, *, noisy: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-    return network(noisy, sigma, labels)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from core.distributed import World
-from core.protocols import Batch, Networks
+from core.protocols import Batch, LossOutput, Networks
 from core.randomness import Draws
 from core.run_folder import RunFolder
 from objectives._noise import LogNormal, add_noise, column
@@ -24,6 +26,7 @@ from objectives.diff_instruct import (
     edm_weight,
     ikl_pull,
     score_loss,
+    shared_loss,
     student_loss,
 )
 from teachers import edm, gaussian
@@ -280,7 +283,43 @@ def test_a_phase_gives_gradients_to_its_network_alone(phase: str, learner: str) 
         for name in ("student", "score", "teacher")
         if any(p.grad is not None for p in getattr(networks, name).parameters())
     }
-    assert touched == {learner} == {chosen.trains}
+    assert touched == {learner} == set(chosen.trains)
+
+
+def test_a_shared_batch_gives_each_network_the_gradient_of_its_own_loss() -> None:
+    """The sum of both losses moves the student as the student loss does, and the score likewise."""
+    samples, config = batch(64), Config(shared_batch=True)
+
+    def gradients(loss: Callable[..., LossOutput]) -> list[list[Tensor | None]]:
+        networks = exact_networks()
+        loss(networks, samples, config=config).per_image.sum().backward()
+        members = (networks.student, networks.score, networks.teacher)
+        return [[p.grad for p in network.parameters()] for network in members]
+
+    student, score, teacher = gradients(shared_loss)
+    torch.testing.assert_close(student, gradients(student_loss)[0])
+    torch.testing.assert_close(score, gradients(score_loss)[1])
+    assert set(teacher) == {None}
+
+
+@pytest.mark.parametrize("score_steps", [1, 3])
+def test_a_shared_batch_takes_as_many_score_steps(score_steps: int) -> None:
+    """Before the head start ends and after it, the score steps a round are those asked for."""
+    config = Config(shared_batch=True, score_steps=score_steps, head_start_kimg=1)
+    for images_seen, student_steps in ((0, 0), (999, 0), (1000, 1), (5000, 1)):
+        steps = {"score": 0, "student": 0}
+        for phase in build(config).phases:
+            for name in phase.trains:
+                steps[name] += phase.repeats_at(images_seen)
+        assert steps == {"score": score_steps, "student": student_steps}
+
+
+def test_a_shared_batch_has_one_law_of_sigma() -> None:
+    """Two different laws are refused; the score's follows the student's where none is given."""
+    law = LogNormal(mean=0.0)
+    with pytest.raises(ValidationError, match="leave score_sigma out"):
+        Config(shared_batch=True, sigma=law, score_sigma=LogNormal())
+    assert Config(shared_batch=True, sigma=law, score_sigma=law).sigma == law
 
 
 def test_loss_is_one_number_an_image_and_readings_are_means() -> None:
@@ -344,7 +383,8 @@ def test_score_steps_and_head_start_are_the_phases_numbers() -> None:
 # The whole
 
 
-def test_a_gaussian_student_becomes_its_teacher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared_batch", [False, True])
+def test_a_gaussian_student_becomes_its_teacher(tmp_path: Path, shared_batch: bool) -> None:
     """Trained by the real loop, its mean and full covariance end at the teacher's.
 
     Tolerance 0.05 at standard deviations of up to 0.85; it starts 0.3 and more away.
@@ -369,7 +409,8 @@ def test_a_gaussian_student_becomes_its_teacher(tmp_path: Path) -> None:
         score_lr=config.score_lr,
         optimizer=config.optimizer,
     )
-    objective = build(Config(weighting="edm", head_start_kimg=5))
+    settings = Config(weighting="edm", head_start_kimg=5, shared_batch=shared_batch)
+    objective = build(settings)
     folder = RunFolder.create(tmp_path, "gaussian")
     loop.train(state, objective, config, folder=folder, world=World(0, 1, 0, CPU))
     ema, covariance = state.student_ema, factor @ factor.t()

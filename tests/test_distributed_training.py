@@ -28,6 +28,7 @@ CLASSES = 3
 CASES = {
     "edm": {"batch_size": 4},
     "edm, uneven micro-batches": {"batch_size": 7, "micro_batch_size": 2, "gradient_clip": 0.5},
+    "edm, shared batch": {"batch_size": 6, "micro_batch_size": 2},
     "gaussian": {"batch_size": 6},
 }
 """Both teachers are conditional; the EDM network has an augmentation input that nothing feeds."""
@@ -89,7 +90,8 @@ def trained(case: str, folder: RunFolder, world: World) -> TrainState:
         score_lr=config.score_lr,
         optimizer=config.optimizer,
     )
-    objective = diff_instruct.build(diff_instruct.Config(score_steps=2))
+    shared = case.endswith("shared batch")
+    objective = diff_instruct.build(diff_instruct.Config(score_steps=2, shared_batch=shared))
     return train(state, objective, config, folder=folder, world=world)
 
 
@@ -122,7 +124,7 @@ def _stopped(world: World, folder: RunFolder) -> str:
 
 def _message(loss: object, world: World, folder: RunFolder, *, stop: bool) -> str:
     class Objective:
-        phases = (Phase("only", "student", loss),)
+        phases = (Phase("only", ("student",), loss),)
 
     config = Config(duration_kimg=0.02, batch_size=4)
     state = start(networks("gaussian"), student_lr=0.1, score_lr=0.1, optimizer=config.optimizer)

@@ -104,7 +104,7 @@ class Alone:
         def loss(networks: Networks, batch: Batch) -> LossOutput:
             return LossOutput(self.loss(networks.student(batch.latents, batch.labels)), {})
 
-        return (Phase("only", "student", loss),)
+        return (Phase("only", ("student",), loss),)
 
 
 SLOPE = Alone(lambda images: images.flatten(1).sum(1))
@@ -216,7 +216,7 @@ def test_repeats_and_phases_draw_different_numbers(folder: RunFolder) -> None:
         latents.append(batch.latents)
         return LossOutput(networks.student(batch.latents).flatten(1).sum(1), {})
 
-    phases = (Phase("a", "student", loss, repeats=2), Phase("b", "student", loss))
+    phases = (Phase("a", ("student",), loss, repeats=2), Phase("b", ("student",), loss))
     run(folder, objective=_Phases(phases), rounds=2, micro_batch_size=4)
     rows = torch.cat(latents).flatten(1)
     assert len(rows) == 2 * 3 * BATCH == len(rows.unique(dim=0))

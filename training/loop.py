@@ -8,8 +8,8 @@ about what is learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -23,7 +23,15 @@ from core import distributed
 from core.config import Section
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import Batch, LossOutput, Networks, Objective, Phase, Student
+from core.protocols import (
+    Batch,
+    LossOutput,
+    Networks,
+    Objective,
+    Phase,
+    Student,
+    TrainedNetwork,
+)
 from core.randomness import Draws
 from core.run_folder import RunFolder
 from training import checkpoint
@@ -119,7 +127,7 @@ def train(
         while state.images_seen < total:
             before = state.images_seen
             for phase in objective.phases:
-                for repeat in range(phase.repeats if phase.starts_at <= before else 0):
+                for repeat in range(phase.repeats_at(before)):
                     status.add(update(phase, repeat, state, config, trained=trained, world=world))
             _advance(state, config)
             now, last = state.images_seen, state.images_seen >= total
@@ -149,24 +157,25 @@ def update(
     trained: the state's networks, wrapped so that their gradients are averaged over ranks.
     Raises Diverged where loss or gradient is not finite, before any weight changes.
     """
-    networks = replace(state.networks, **{phase.trains: getattr(trained, phase.trains)})
-    network = getattr(networks, phase.trains)
-    optimizer = state.optimizers[phase.trains]
-    optimizer.zero_grad(set_to_none=True)
+    learning: dict[TrainedNetwork, nn.Module] = {n: getattr(trained, n) for n in phase.trains}
+    networks = replace(state.networks, **learning)
+    for name in learning:
+        state.optimizers[name].zero_grad(set_to_none=True)
     draws = Draws(config.seed, state.images_seen, 0, config.batch_size, world.device)
     parts = list(_micro_batches(draws.scoped(f"{phase.name}/{repeat}"), config, world))
     outputs = []
     for index, part in enumerate(parts):
-        with _synchronised(network, last=index == len(parts) - 1):
+        with _synchronised(learning.values(), last=index == len(parts) - 1):
             output = phase.loss(networks, _batch(part, state.networks))
             (output.per_image.sum() * (world.size / config.batch_size)).backward()
         outputs.append(LossOutput(output.per_image.detach(), output.readings))
-    norm = _checked_norm(phase, network, outputs, state.images_seen, world)
-    if config.gradient_clip is not None:
-        clip_grads_with_norm_(network.parameters(), config.gradient_clip, norm)
-    _set_learning_rate(optimizer, phase, state.images_seen, config)
-    optimizer.step()
-    return {**_mean_readings(outputs), f"{phase.name}_gradient": norm}
+    norms = _checked_norms(phase, learning, outputs, state.images_seen, world)
+    for name, network in learning.items():
+        if config.gradient_clip is not None:
+            clip_grads_with_norm_(network.parameters(), config.gradient_clip, norms[name])
+        _set_learning_rate(state.optimizers[name], name, state.images_seen, config)
+        state.optimizers[name].step()
+    return _mean_readings(outputs) | {f"{name}_gradient": norm for name, norm in norms.items()}
 
 
 def _wrapped(networks: Networks, world: World) -> Networks:
@@ -192,38 +201,45 @@ def _batch(draws: Draws, networks: Networks) -> Batch:
     return Batch(draws.normal("latents", student.latent_shape), labels, draws)
 
 
-def _synchronised(network: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-    """Return a context in which gradients are averaged over ranks only in the last micro-batch."""
-    if last or not isinstance(network, DistributedDataParallel):
-        return nullcontext()
-    return network.no_sync()
+@contextmanager
+def _synchronised(networks: Iterable[nn.Module], *, last: bool) -> Iterator[None]:
+    """Run the body so that gradients are averaged over ranks only in the last micro-batch."""
+    with ExitStack() as stack:
+        for network in networks:
+            if isinstance(network, DistributedDataParallel) and not last:
+                stack.enter_context(network.no_sync())
+        yield
 
 
-def _checked_norm(
+def _checked_norms(
     phase: Phase,
-    network: nn.Module,
+    learning: Mapping[TrainedNetwork, nn.Module],
     outputs: list[LossOutput],
     images_seen: int,
     world: World,
-) -> Tensor:
-    """Return the norm of the averaged gradient, finite on every rank."""
-    gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    norm = get_total_norm(gradients)
+) -> dict[TrainedNetwork, Tensor]:
+    """Return the norm of each network's averaged gradient, all finite on every rank."""
+    norms: dict[TrainedNetwork, Tensor] = {n: _gradient_norm(net) for n, net in learning.items()}
     loss = distributed.mean(torch.cat([output.per_image for output in outputs]).mean(), world)
-    if not torch.isfinite(norm + loss):
+    if not torch.isfinite(sum(norms.values(), loss)):
+        shown = " and ".join(f"{float(norm):.4g} ({name})" for name, norm in norms.items())
         raise Diverged(
             f"the {phase.name} phase gave a loss of {float(loss):.4g} and a gradient of norm "
-            f"{float(norm):.4g} after {images_seen} images; no weight was changed by it. "
+            f"{shown} after {images_seen} images; no weight was changed by it. "
             "Try a smaller training.student_lr and training.score_lr (each network learns from the "
             "other), a training.warmup_kimg, or a training.gradient_clip"
         )
-    return norm
+    return norms
+
+
+def _gradient_norm(network: nn.Module) -> Tensor:
+    return get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
 def _set_learning_rate(
-    optimizer: torch.optim.Optimizer, phase: Phase, images_seen: int, config: Config
+    optimizer: torch.optim.Optimizer, name: TrainedNetwork, images_seen: int, config: Config
 ) -> None:
-    base = config.student_lr if phase.trains == "student" else config.score_lr
+    base = config.student_lr if name == "student" else config.score_lr
     after = images_seen + config.batch_size
     factor = warmup(after, warmup_kimg=config.warmup_kimg) * annealing(
         images_seen, total_images=config.total_images, anneal_kimg=config.anneal_kimg
