@@ -11,6 +11,12 @@ This file reads the recipe, wires the parts and runs them; what they do stands i
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torch is imported, Ctrl-C just ends
+
+import functools
 import json
 import logging
 import shutil
@@ -38,6 +44,27 @@ SCHEMA = ROOT / "configs" / "recipe.schema.json"
 _log = logging.getLogger("refine")
 
 
+def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command, made to leave with one sentence and exit code 2 where it cannot go on."""
+
+    @functools.wraps(command)
+    def spoken(*args: object, **options: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            command(*args, **options)
+        except UserError as error:
+            sys.exit(_says(f"error: {error}"))
+        except KeyboardInterrupt as stop:
+            sys.exit(_says(str(stop) or "stopped before a run began"))
+
+    return spoken
+
+
+def _says(sentence: str) -> int:
+    click.echo(sentence, err=True)
+    return 2
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--gan", "mode", flag_value="gan", help="Refine a GAN: the embedded digits, or RECIPE."
@@ -60,6 +87,7 @@ _log = logging.getLogger("refine")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would be loaded.")
 @click.option("--write-schema", is_flag=True, help="Write configs/recipe.schema.json, for editors.")
 @click.argument("arguments", nargs=-1, metavar="[RECIPE.yaml] [KEY.PATH=VALUE]...")
+@_one_sentence
 def main(
     mode: str | None,
     resume: Path | None,
@@ -85,33 +113,6 @@ def main(
     refined weights (student.safetensors) and the report. The shipped recipes in configs/ explain
     every setting.
     """
-    sys.exit(
-        _outcome(lambda: _command(mode, resume, again, outdir, dry_run, write_schema, arguments))
-    )
-
-
-def _outcome(command: Callable[[], None]) -> int:
-    """Return the exit code: 0, or 2 after one sentence on what stood in the way."""
-    try:
-        command()
-    except UserError as error:
-        click.echo(f"error: {error}", err=True)
-        return 2
-    except KeyboardInterrupt as stop:
-        click.echo(str(stop) or "stopped before a run began", err=True)
-        return 2
-    return 0
-
-
-def _command(
-    mode: str | None,
-    resume: Path | None,
-    again: Path | None,
-    outdir: Path,
-    dry_run: bool,
-    write_schema: bool,
-    arguments: tuple[str, ...],
-) -> None:
     if write_schema:
         _write_schema()
         return

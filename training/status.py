@@ -12,9 +12,11 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from core import distributed
 from core.distributed import World
 from core.run_folder import RunFolder
 
@@ -23,14 +25,16 @@ _LINE_EVERY_SECONDS = 15.0
 
 
 class Status:
-    """Collects readings between rows of readings.jsonl, and shows how far the run is. Only rank 0
-    speaks.
+    """Collects readings between rows of readings.jsonl, and shows how far the run is.
+
+    Only rank 0 speaks, for all: readings are means over ranks.
     """
 
     def __init__(
         self, folder: RunFolder, world: World, *, images_seen: int, total_images: int
     ) -> None:
-        self.folder, self.speaks, self.total_images = folder, world.is_main, total_images
+        self.folder, self.world, self.total_images = folder, world, total_images
+        self.speaks = world.is_main
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._measured: dict[str, float] = {}
@@ -57,16 +61,24 @@ class Status:
         self.folder.append_reading({"images_seen": images_seen, "measured": dict(metrics)})
 
     def row(self, images_seen: int) -> None:
-        """Write the means since the last row to readings.jsonl and show them."""
+        """Write the means since the last row to readings.jsonl and show them; all ranks call it."""
+        means = self._means()
         if not self.speaks:
             return
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         rate = self._rate(images_seen)
         self.folder.append_reading(
             {"images_seen": images_seen, "images_per_second": round(rate, 2), **means}
         )
-        self._sums, self._counts = {}, {}
         self._show(images_seen, rate, means)
+
+    def _means(self) -> dict[str, float]:
+        """Return the mean of each reading over rounds and ranks, and begin anew."""
+        if not self._sums:
+            return {}
+        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
+        names = list(self._sums)
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, distributed.mean(means, self.world).tolist(), strict=True))
 
     def __enter__(self) -> Status:
         return self
