@@ -1,16 +1,24 @@
 """Zero-stuffing, padding, FIR filtering and decimation of images in one operation (Karras et al.,
-StyleGAN).
+StyleGAN). All resampling in the StyleGAN family is this operation.
 
-Plain PyTorch, differentiable to any order. All resampling in the StyleGAN family is this operation.
+Here are its definition and the reference in plain PyTorch, differentiable to any order, which
+multiplies no stuffed zero and computes no dropped pixel: along one axis the whole operation is a
+banded matrix, and a filter that is an outer product is two of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_LONGEST_BLOCK = 256
+"""Outputs of one matrix product: the band of a long axis is narrow, so it is cut into blocks."""
+_IDENTITY = (1, 1, 1, 0, 0)
+"""up, down, taps, before and after of an axis along which nothing moves."""
 
 
 def fir_filter(taps: Sequence[float]) -> Tensor:
@@ -40,12 +48,155 @@ def upfirdn2d(
 
     f: [fh, fw], or [taps] for a separable filter, or None for the identity. up, down: one number or
     (x, y). padding: one number, (x, y) or (x before, x after, y before, y after), counted after
-    upsampling.
+    upsampling. Raises ValueError where nothing would be left of the image.
     """
-    up_x, up_y = _pair(up)
-    down_x, down_y = _pair(down)
-    x = F.pad(_zero_stuff(x, up_x, up_y), _four(padding))
-    return _filter(x, f, gain=gain, flip_filter=flip_filter)[:, :, ::down_y, ::down_x]
+    axes = resampling(x.shape, f, up=up, down=down, padding=padding)
+    return reference(x, f, *axes, flip_filter=flip_filter, gain=gain)
+
+
+class Resampling(NamedTuple):
+    """What happens along one axis."""
+
+    size: int
+    """Pixels before."""
+    up: int
+    down: int
+    taps: int
+    before: int
+    """Zeros in front, counted after upsampling; negative: cropped."""
+    after: int
+    """Zeros behind, likewise."""
+
+    @property
+    def out_size(self) -> int:
+        """Pixels afterwards."""
+        return (self.size * self.up + self.before + self.after - self.taps) // self.down + 1
+
+
+def resampling(
+    shape: Sequence[int],
+    f: Tensor | None,
+    *,
+    up: int | Sequence[int],
+    down: int | Sequence[int],
+    padding: int | Sequence[int],
+) -> tuple[Resampling, Resampling]:
+    """Return what happens along x and along y to images of this shape [N, C, H, W].
+
+    Raises ValueError where nothing would be left of the image.
+    """
+    taps_y, taps_x = (1, 1) if f is None else (f.shape[0], f.shape[-1])
+    (up_x, up_y), (down_x, down_y) = _pair(up), _pair(down)
+    left, right, top, bottom = _four(padding)
+    along_x = Resampling(shape[3], up_x, down_x, taps_x, left, right)
+    along_y = Resampling(shape[2], up_y, down_y, taps_y, top, bottom)
+    if min(along_x.out_size, along_y.out_size) < 1:
+        raise ValueError(
+            f"nothing is left of images {tuple(shape)} with up {up}, down {down}, "
+            f"padding {padding} and a filter of {taps_y} x {taps_x} taps"
+        )
+    return along_x, along_y
+
+
+def reference(
+    x: Tensor,
+    f: Tensor | None,
+    along_x: Resampling,
+    along_y: Resampling,
+    *,
+    flip_filter: bool,
+    gain: float,
+) -> Tensor:
+    """Return `upfirdn2d` in plain PyTorch, differentiable to any order in x and f."""
+    if f is None and along_x[1:] == along_y[1:] == _IDENTITY:
+        return x if gain == 1 else x * gain
+    f = torch.ones(1, device=x.device, dtype=x.dtype) if f is None else f.to(x.dtype)
+    lines = separated(f)
+    if lines is None:
+        taps = (f if flip_filter else f.flip((0, 1))) * gain
+        return _filter_plane(x, taps, along_x, along_y)
+    line_x, line_y = (line if flip_filter else line.flip(0) for line in lines)
+    line_x = line_x * gain
+    if along_x.up * along_y.down >= along_y.up * along_x.down:  # shrink first, grow last
+        return _filter_lines(_filter_lines(x, line_y, along_y, axis=2), line_x, along_x, axis=3)
+    return _filter_lines(_filter_lines(x, line_x, along_x, axis=3), line_y, along_y, axis=2)
+
+
+def separated(f: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the filters [fw] along x and [fh] along y whose outer product is f, or None.
+
+    A 2-D filter on a CPU is looked at; on another device it would have to be waited for.
+    """
+    if f.ndim == 1:
+        return f, f
+    if f.device.type != "cpu" or f.requires_grad:
+        return None
+    row, column = divmod(int(f.abs().argmax()), f.shape[1])
+    line_x, line_y = f[row], f[:, column] / f[row, column]
+    error = (torch.outer(line_y, line_x) - f).abs().max()
+    return (line_x, line_y) if error <= 2 * torch.finfo(f.dtype).eps * f.abs().max() else None
+
+
+def _filter_lines(x: Tensor, taps: Tensor, along: Resampling, *, axis: int) -> Tensor:
+    """Return x [N, C, H, W] resampled along one axis, correlated with taps."""
+    if along[1:] == _IDENTITY:
+        return x * taps
+    matrix = _banded_matrix(taps, along)
+    if along.out_size <= _LONGEST_BLOCK:
+        return _multiply(x, matrix, axis=axis)
+    blocks = []
+    for first in range(0, along.out_size, _LONGEST_BLOCK):
+        rows = matrix[first : first + _LONGEST_BLOCK]
+        begin = max(0, -(-(first * along.down - along.before) // along.up))
+        last = (first + len(rows) - 1) * along.down - along.before + along.taps - 1
+        end = max(begin + 1, min(along.size, last // along.up + 1))
+        begin = min(begin, end - 1)
+        part = x.narrow(axis, begin, end - begin)
+        blocks.append(_multiply(part, rows[:, begin:end], axis=axis))
+    return torch.cat(blocks, dim=axis)
+
+
+def _banded_matrix(taps: Tensor, along: Resampling) -> Tensor:
+    """Return the matrix [out, in] of one axis: element (o, i) is taps[i * up + before - o *
+    down].
+    """
+    outputs = torch.arange(along.out_size, device=taps.device)[:, None]
+    inputs = torch.arange(along.size, device=taps.device)
+    offset = inputs * along.up + along.before - outputs * along.down
+    inside = (offset >= 0) & (offset < along.taps)
+    return taps[offset.clamp(0, along.taps - 1)] * inside
+
+
+def _multiply(x: Tensor, matrix: Tensor, *, axis: int) -> Tensor:
+    """Return the product [out, in] @ x along an axis of x [N, C, H, W], in the memory layout of
+    x.
+    """
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x @ matrix.t() if axis == 3 else matrix @ x
+    pixels = x.permute(0, 2, 3, 1)  # [N, H, W, C], contiguous
+    if axis == 3:
+        return (matrix @ pixels).permute(0, 3, 1, 2)
+    rows = matrix @ pixels.flatten(2)  # [N, H', W * C]
+    return rows.unflatten(2, pixels.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _filter_plane(x: Tensor, taps: Tensor, along_x: Resampling, along_y: Resampling) -> Tensor:
+    """Return x [N, C, H, W] resampled and correlated with taps [fh, fw] that are no outer
+    product.
+    """
+    channels = x.shape[1]
+    if along_x.up == along_y.up == 1:
+        x = F.pad(x, (along_x.before, along_x.after, along_y.before, along_y.after))
+        weight = taps.expand(channels, 1, *taps.shape)
+        return F.conv2d(x, weight, stride=(along_y.down, along_x.down), groups=channels)
+    weight = taps.flip((0, 1)).expand(channels, 1, *taps.shape)
+    spread = F.conv_transpose2d(x, weight, stride=(along_y.up, along_x.up), groups=channels)
+    sides = [
+        side
+        for along in (along_x, along_y)
+        for side in (along.before - along.taps + 1, along.after + along.up - along.taps)
+    ]
+    return F.pad(spread, sides)[:, :, :: along_y.down, :: along_x.down]
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -59,24 +210,3 @@ def _four(padding: int | Sequence[int]) -> list[int]:
     if len(padding) == 2:
         return [padding[0], padding[0], padding[1], padding[1]]
     return [int(side) for side in padding]
-
-
-def _zero_stuff(x: Tensor, up_x: int, up_y: int) -> Tensor:
-    if up_x == up_y == 1:
-        return x
-    count, channels, height, width = x.shape
-    stuffed = x.reshape(count, channels, height, 1, width, 1)
-    stuffed = F.pad(stuffed, (0, up_x - 1, 0, 0, 0, up_y - 1))
-    return stuffed.reshape(count, channels, height * up_y, width * up_x)
-
-
-def _filter(x: Tensor, f: Tensor | None, *, gain: float, flip_filter: bool) -> Tensor:
-    if f is None:
-        return x * gain
-    if f.ndim == 1:
-        root = gain**0.5
-        x = _filter(x, f[None, :], gain=root, flip_filter=flip_filter)
-        return _filter(x, f[:, None], gain=root, flip_filter=flip_filter)
-    channels = x.shape[1]
-    taps = (f if flip_filter else f.flip((0, 1))).to(x.dtype) * gain
-    return F.conv2d(x, taps.expand(channels, 1, *taps.shape), groups=channels)
