@@ -177,7 +177,7 @@ def test_read_gives_everything_and_networks_only_networks(write):
     """Losses are records without tensors; options are plain; networks() leaves both out."""
     content = {"loss_fn": Loss(), "dataset_kwargs": {"path": "x"}, "ema": generator()}
     path = write(dump(content))
-    top = pickles.read(path)
+    top = pickles.read(path).top
     assert top["loss_fn"].attributes == {"P_mean": -1.2}
     assert top["dataset_kwargs"] == {"path": "x"}
     assert list(pickles.networks(path)) == ["ema"]

@@ -1,0 +1,182 @@
+"""What stands in for the globals that network pickles ask for: plain functions that build tensors,
+NumPy numbers and containers, and refuse by name whatever could do more.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pickle import UnpicklingError
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_Kind = TypeVar("_Kind")
+_NUMBER_CODE = re.compile(r"[<=|]?[biufc]\d{1,2}")
+
+
+class Refused(Exception):
+    """The name of what a file asked for and does not get."""
+
+
+@dataclass(frozen=True)
+class Global:
+    """What stands in for a global: the name that the file used, and what a call of it gives."""
+
+    name: str
+    call: Callable[..., object]
+
+
+class Located(bytes):
+    """Bytes that know where in the file they begin."""
+
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """The values of one or more tensors."""
+
+    values: Tensor
+    """All of them, flat."""
+    position: int | None
+    """Where in the file they begin; None where they do not stand there as they are in memory."""
+
+
+def typed(value: object, kind: type[_Kind]) -> _Kind:
+    """Return the value. Raises TypeError where it is of another kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+# Stand-ins for what builds tensors --------------------------------------------------------------
+
+
+def storage(content: bytes) -> Storage:
+    """Return a storage from the bytes of a torch.save inside the pickle: its values come last."""
+    if typed(content, bytes).startswith(b"PK"):  # torch writes none here, and a zip may inflate
+        raise Refused("a zip archive inside a storage")
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        if named is None:
+            raise
+        raise Refused(f"{named[1]} inside a storage") from error
+    if not isinstance(loaded, torch.TypedStorage):
+        raise Refused(f"a {type(loaded).__name__} inside a storage")
+    values = torch.empty(0, dtype=loaded.dtype).set_(loaded)  # pyright: ignore[reportArgumentType]
+    if not isinstance(content, Located):
+        return Storage(values, None)
+    return Storage(values, content.position + len(content) - values.nbytes)
+
+
+def part(
+    storage: Storage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    metadata: object = None,
+) -> Tensor:
+    """Return a part of a storage as a contiguous tensor."""
+    if metadata:
+        raise Refused("a tensor with conjugate or negative bits")
+    values = typed(storage, Storage).values
+    if math.prod(size) > values.numel():
+        raise Refused("a tensor that is larger than its storage")
+    view = values.as_strided(size, stride, offset)  # checks the bounds; set_ would grow the storage
+    whole = view.numel() == values.numel()
+    return view.contiguous() if whole else view.clone(memory_format=torch.contiguous_format)
+
+
+def _parameter(data: Tensor, requires_grad: bool, hooks: object) -> Tensor:
+    return typed(data, Tensor)
+
+
+# Stand-ins for what builds NumPy numbers and arrays ---------------------------------------------
+
+
+def _dtype(code: str, align: bool = False, copy: bool = True) -> np.dtype:
+    if not _NUMBER_CODE.fullmatch(code):
+        raise Refused(f"numpy.dtype {code!r}")
+    return np.dtype(code)
+
+
+def check_dtype_state(state: tuple[object, ...]) -> None:
+    """Refuse all but little-endian numbers; the constructor has set all that there is to set."""
+    _version, order, *structure = state[:5]
+    if order not in ("<", "|", "=") or structure != [None, None, None]:
+        raise Refused("a numpy.dtype of other than little-endian numbers")
+
+
+def _scalar(dtype: np.dtype, raw: bytes) -> int | float | complex | bool:
+    (number,) = np.frombuffer(raw, typed(dtype, np.dtype)).tolist()
+    return number
+
+
+def _empty_array(kind: Global, shape: tuple[int, ...], code: bytes) -> np.ndarray:
+    if not (isinstance(kind, Global) and kind.name == "numpy.ndarray"):
+        raise Refused("a numpy array of another class")
+    return np.empty(0)
+
+
+def fill_array(array: np.ndarray, state: tuple[object, ...]) -> None:
+    _version, _shape, dtype, _fortran, raw = state
+    if not (isinstance(dtype, np.dtype) and isinstance(raw, bytes)):
+        raise Refused("a numpy array of other than numbers")
+    array.__setstate__(state)  # pyright: ignore[reportArgumentType]  # checks the shape against the length
+
+
+def _array_from_buffer(
+    buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str, axis_order: object = None
+) -> np.ndarray:
+    if axis_order is not None or order not in ("C", "F"):
+        raise Refused("a numpy array with permuted axes")
+    return np.frombuffer(buffer, typed(dtype, np.dtype)).reshape(shape, order=order).copy()
+
+
+# The table --------------------------------------------------------------------------------------
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise Refused(f"_codecs.encode to {encoding!r}")
+    return text.encode("latin1")
+
+
+def _uncallable(*args: object) -> object:
+    raise Refused("numpy.ndarray called by itself")
+
+
+CALLS: dict[tuple[str, str], Callable[..., object]] = {
+    ("collections", "OrderedDict"): lambda items=(): dict(items),
+    ("dnnlib.util", "EasyDict"): lambda items=(): dict(items),
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch.storage", "_load_from_bytes"): storage,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): lambda *place: ":".join(map(str, place)),
+    ("numpy", "dtype"): _dtype,
+    ("numpy", "ndarray"): _uncallable,
+    ("_codecs", "encode"): _latin1,
+    **{(b, "set"): lambda items=(): set(items) for b in ("builtins", "__builtin__")},
+    **{(b, "frozenset"): lambda items=(): frozenset(items) for b in ("builtins", "__builtin__")},
+    **{(b, "bytes"): lambda: b"" for b in ("builtins", "__builtin__")},  # empty, in protocol 2
+    **{(f"numpy.{c}.multiarray", "scalar"): _scalar for c in ("core", "_core")},
+    **{(f"numpy.{c}.multiarray", "_reconstruct"): _empty_array for c in ("core", "_core")},
+    **{(f"numpy.{c}.numeric", "_frombuffer"): _array_from_buffer for c in ("core", "_core")},
+}
+"""Functions and classes by module and name, and what a call of each gives."""
+DTYPES: dict[tuple[str, str], object] = {
+    ("torch", name): getattr(torch, name)
+    for name in (
+        *("float16", "bfloat16", "float32", "float64", "complex64", "bool"),
+        *("uint8", "int8", "int16", "int32", "int64"),
+    )
+}
+"""Constants by module and name."""
