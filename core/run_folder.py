@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "student.safetensors"
 
     @property
+    def teacher_samples(self) -> Path:
+        """Return the path of the statistics of the teacher's own samples, where they were made."""
+        return self.path / "teacher-samples.npz"
+
+    @property
     def report(self) -> Path:
         """Return the folder of the report."""
         return self.path / "report"

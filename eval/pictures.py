@@ -28,26 +28,31 @@ _WIDEST = 2048
 
 
 def pairs_picture(pairs: Pairs) -> bytes:
-    """Return a PNG of pairs, before above after, a column for each class or 8 of them."""
-    before, after = _tiles(pairs.before), _tiles(pairs.after)
-    count, tile_height, tile_width, _ = before.shape
+    """Return a PNG of pairs, before above after, a column for each class or 8 of them.
+
+    The teacher's own samples stand below them, where they start from the same latents.
+    """
+    lines = [("before", _BEFORE, _tiles(pairs.before)), ("after", _AFTER, _tiles(pairs.after))]
+    if pairs.teacher is not None:
+        lines.append(("teacher", _LEVEL_COLOURS[0], _tiles(pairs.teacher)))
+    count, tile_height, tile_width, _ = lines[0][2].shape
     columns = _columns(pairs, tile_width)
     labels = _labels(pairs, columns)
     rows = -(-count // columns)
     gap = _GAP + 20 * any(labels[columns:])
     top = _TOP + 20 * bool(pairs.labels)
-    pitch = 2 * tile_height + _SEAM + gap
+    pitch = len(lines) * (tile_height + _SEAM) - _SEAM + gap
     figure = _figure(_LEFT + columns * (tile_width + _SEAM) + 20, top + rows * pitch + 24 - gap)
     _text(figure, _LEFT, 26, "Same latents, before and after", size=13, weight="bold")
     for row in range(rows):
         middle = top + row * pitch + tile_height / 2
-        _row_name(figure, middle, "before", colour=_BEFORE)
-        _row_name(figure, middle + tile_height + _SEAM, "after", colour=_AFTER)
+        for line, (name, colour, _) in enumerate(lines):
+            _row_name(figure, middle + line * (tile_height + _SEAM), name, colour=colour)
     for index in range(count):
         row, column = divmod(index, columns)
         x, y = _LEFT + column * (tile_width + _SEAM), top + row * pitch
-        _paste(figure, before[index], x, y)
-        _paste(figure, after[index], x, y + tile_height + _SEAM)
+        for line, (_, _, tiles) in enumerate(lines):
+            _paste(figure, tiles[index], x, y + line * (tile_height + _SEAM))
         _text(figure, x + tile_width / 2, y - 12, labels[index], colour=_QUIET, align="center")
     return _png(figure)
 

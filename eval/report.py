@@ -92,6 +92,15 @@ class Environment:
         return cls(_versions(), commit, None if status is None else bool(status), _hardware(device))
 
 
+@dataclass(frozen=True)
+class SampleScore:
+    """How far images that no student made are from the reference."""
+
+    fid: float
+    images: int | None
+    """Of how many; None where their file does not say."""
+
+
 class CurvePoint(NamedTuple):
     """One measurement while training."""
 
@@ -106,8 +115,6 @@ class Curve:
     points: tuple[CurvePoint, ...] = ()
     images: int | None = None
     """Generated images of each point."""
-    teacher_fid: float | None = None
-    """Of the teacher's own samples, where known."""
     floor_fid: float | None = None
     """Of real images against other real images, where known."""
 
@@ -141,6 +148,8 @@ class Report:
     durations_seconds: Mapping[str, float]
     """Part of the run -> seconds."""
     curve: Curve = field(default_factory=Curve)
+    teacher_samples: SampleScore | None = None
+    """Of the teacher's own samples, where they were measured."""
     pair_seeds: tuple[int, ...] = ()
     """Seeds of the picture's pairs."""
     recipe: Mapping[str, object] = field(default_factory=dict)
@@ -221,7 +230,8 @@ def summary(report: Report) -> str:
         "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]).rstrip()
         for row in rows
     ]
-    return "\n".join([*lines, *(f"! {warning}" for warning in warnings(report))])
+    teacher = [f"the teacher's own samples: {_score(report)}"] if report.teacher_samples else []
+    return "\n".join([*lines, *teacher, *(f"! {warning}" for warning in warnings(report))])
 
 
 def warnings(report: Report) -> list[str]:
@@ -236,6 +246,11 @@ def warnings(report: Report) -> list[str]:
         )
     for name, after in report.after.items():
         found += _spread_warning(metric_title(name, report.extractor), report.before[name], after)
+    if report.teacher_samples and report.teacher_samples.fid > report.before["fid"].mean:
+        found.append(
+            f"The teacher's own samples ({_score(report)}) are worse than the student was before: "
+            "there is little to learn from it."
+        )
     if report.after and report.images < 10_000:
         found.append(
             f"Each value is of {report.images:,} images: a Fréchet distance of so few is too high; "
@@ -281,7 +296,10 @@ def _curve_png(report: Report) -> bytes:
         curve.points,
         metric=metric,
         title=f"{metric} of {curve.images:,} images" if curve.images else metric,
-        levels={"teacher": curve.teacher_fid, "real images": curve.floor_fid},
+        levels={
+            "teacher": report.teacher_samples and report.teacher_samples.fid,
+            "real images": curve.floor_fid,
+        },
     )
 
 
@@ -337,6 +355,7 @@ def _facts(report: Report) -> str:
         "truncation, noise": f"{report.truncation:g}, {report.noise_mode}",
         "student": f"`{report.student.path}` ({_short(report.student.sha256)})",
         "teacher": f"`{report.teacher.path}` ({_short(report.teacher.sha256)})",
+        "teacher's own samples": _score(report),
         "images seen in training": f"{report.images_seen:,}",
         "started, finished": f"{report.started_at}, {report.finished_at}",
         "time": ", ".join(f"{k} {_duration(v)}" for k, v in report.durations_seconds.items()),
@@ -347,6 +366,15 @@ def _facts(report: Report) -> str:
     }
     lines = [f"| {name} | {value or 'unknown'} |" for name, value in facts.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _score(report: Report) -> str:
+    """Return what the teacher's own samples are worth, in words."""
+    score = report.teacher_samples
+    if score is None:
+        return "not measured"
+    count = "an unknown number of" if score.images is None else f"{score.images:,}"
+    return f"{metric_title('fid', report.extractor)} {_number(score.fid)} of {count} images"
 
 
 def _shown(result: MetricResult) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,11 @@ class Config(Section):
     """The `evaluation` section of a recipe."""
 
     reference: str | None = None
-    """Real images (zip, folder) or statistics (.npz), path or URL; null: nothing is measured."""
+    """Real images (zip, folder) or statistics (.npz), path or URL; "teacher": the teacher's own
+    samples; null: nothing is measured.
+    """
+    teacher: str | None = None
+    """The teacher's own samples, for the report: "sample", or their statistics (.npz); null: no."""
     extractor: str = "inception"
     """What features the FID compares: inception, mnist32, pixels or a classifier's weights file."""
     images: int = Field(default=50_000, ge=2)
@@ -72,21 +77,44 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def student_images(
-    student: nn.Module, *, device: torch.device | str
-) -> Callable[[Sequence[int]], Tensor]:
-    """Return a function from seeds to the student's images, uint8 [n, C, H, W] on the device.
+ImagesOf = Callable[[Sequence[int]], Tensor]
+"""From seeds to their images, uint8 [n, C, H, W]."""
 
-    The student runs in eval mode without gradients; afterwards every module's mode is as before.
+
+def student_images(student: nn.Module, *, device: torch.device | str) -> ImagesOf:
+    """Return a function from seeds to the student's images on the device."""
+    return _images_of(student, student, latent_shape=student.latent_shape, device=device)
+
+
+def teacher_images(
+    teacher: nn.Module,
+    sampler: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
+    *,
+    device: torch.device | str,
+) -> ImagesOf:
+    """Return a function from seeds to images of a denoiser on the device.
+
+    sampler: (denoiser, latents [N, C, H, W] unit normal, labels [N] or None) -> images in [-1, 1].
     """
+    make = partial(sampler, teacher)
+    return _images_of(teacher, make, latent_shape=teacher.image_shape, device=device)
+
+
+def _images_of(
+    network: nn.Module,
+    make: Callable[[Tensor, Tensor | None], Tensor],
+    *,
+    latent_shape: tuple[int, ...],
+    device: torch.device | str,
+) -> ImagesOf:
+    """Return seeds -> images; eval mode, no gradients, and every module's mode is as before."""
 
     def images_of(seeds: Sequence[int]) -> Tensor:
         latents, labels = latents_and_labels(
-            seeds, latent_shape=student.latent_shape, num_classes=student.num_classes
+            seeds, latent_shape=latent_shape, num_classes=network.num_classes
         )
-        with _evaluating(student):
-            labels = None if labels is None else labels.to(device)
-            return to_uint8(student(latents.to(device), labels))
+        with _evaluating(network):
+            return to_uint8(make(latents.to(device), None if labels is None else labels.to(device)))
 
     return images_of
 
@@ -101,7 +129,7 @@ def generate(
 
 
 def generated_statistics(
-    images_of: Callable[[Sequence[int]], Tensor],
+    images_of: ImagesOf,
     seeds: Sequence[int],
     extractor: Extractor,
     *,
@@ -167,6 +195,8 @@ class Pairs(NamedTuple):
     """[N, C, H, W] uint8, on the CPU."""
     labels: tuple[int, ...] | None
     """Class of each pair, None where there are no classes."""
+    teacher: Tensor | None = None
+    """The teacher's own samples, [N, C, H, W] uint8, where it starts from the same latents."""
 
 
 def pairs(
@@ -176,6 +206,7 @@ def pairs(
     count: int,
     device: torch.device | str,
     first_seed: int = 0,
+    teacher: ImagesOf | None = None,
 ) -> Pairs:
     """Return pairs of two versions of a student; their classes, if any, count up."""
     seeds = pair_seeds(
@@ -192,6 +223,7 @@ def pairs(
         student_images(before, device=device)(seeds).cpu(),
         student_images(after, device=device)(seeds).cpu(),
         None if labels is None else tuple(labels.tolist()),
+        None if teacher is None else teacher(seeds).cpu(),
     )
 
 

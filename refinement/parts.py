@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import generators
 import teachers
@@ -18,12 +17,15 @@ from core.distributed import World
 from core.downloads import local_file
 from core.errors import UserError
 from core.protocols import Objective
+from core.run_folder import RunFolder
 from custom_ops import backend
 from eval import features, reference, samples
 from refinement.recipe import NetworkSection, Recipe, family_config
 from teachers import sampling
 
 ROOT = Path(__file__).resolve().parents[1]
+SAMPLED = "sample"
+"""As evaluation.teacher: the teacher is sampled in this run."""
 _log = logging.getLogger(__name__)
 
 
@@ -36,7 +38,16 @@ class Parts:
     objective: Objective
     extractor: features.Extractor | None
     reference: reference.Reference | None
+    """None too where it is the teacher's samples, until `with_teacher_samples` made them."""
     kernel_backend: str
+    teacher_samples: reference.Reference | None = None
+    """Statistics of the teacher's own samples, where the recipe asks for them."""
+
+    @property
+    def teacher_images(self) -> samples.ImagesOf:
+        """Return a function from seeds to the teacher's own samples."""
+        device = next(self.teacher.parameters()).device
+        return samples.teacher_images(self.teacher, sampling.heun, device=device)
 
 
 def load_parts(recipe: Recipe, world: World) -> Parts:
@@ -49,7 +60,9 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         student = _network("generators", recipe.student, seed=recipe.training.seed)
         teacher = _network("teachers", recipe.teacher, seed=recipe.training.seed)
         _check_fit(student, teacher)
-        extractor, real = _load_reference(recipe.evaluation, student, teacher, world)
+        extractor = _load_extractor(recipe.evaluation, student, world)
+        real = _statistics(recipe.evaluation.reference, student, extractor)
+        teacher_samples = _statistics(recipe.evaluation.teacher, student, extractor)
     layout = torch.channels_last
     return Parts(
         student.to(world.device, memory_format=layout),
@@ -58,6 +71,7 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         extractor,
         real,
         backend.choose(recipe.kernels),
+        teacher_samples,
     )
 
 
@@ -95,50 +109,71 @@ def _size(image_shape: tuple[int, int, int]) -> str:
     return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
 
 
-def _load_reference(
-    settings: samples.Config, student: nn.Module, teacher: nn.Module, world: World
-) -> tuple[features.Extractor | None, reference.Reference | None]:
-    """Return extractor and reference statistics, or nothing where the recipe names no reference."""
+def _load_extractor(
+    settings: samples.Config, student: nn.Module, world: World
+) -> features.Extractor | None:
+    """Return the extractor, or nothing where the recipe names no reference to measure against."""
     if settings.reference is None:
-        return None, None
+        return None
     extractor = features.load(settings.extractor, world.device)
-    if settings.reference == "teacher":
-        return extractor, _teacher_reference(settings, teacher.to(world.device), extractor)
     extractor(torch.zeros(1, *student.image_shape, dtype=torch.uint8))  # refuses what cannot fit
-    real = reference.reference_statistics(found(settings.reference), extractor)
-    if real.image_shape not in (None, tuple(student.image_shape)):
+    return extractor
+
+
+def _statistics(
+    source: str | None, student: nn.Module, extractor: features.Extractor | None
+) -> reference.Reference | None:
+    """Return the statistics of a source, fit for the student; none where they come later."""
+    if source in (None, SAMPLED, "teacher") or extractor is None:
+        return None
+    known = reference.reference_statistics(found(source), extractor)
+    if known.image_shape not in (None, tuple(student.image_shape)):
         raise UserError(
-            f"{settings.reference} holds images of {_size(real.image_shape)}, "
+            f"{source} holds images of {_size(known.image_shape)}, "
             f"the student makes images of {_size(student.image_shape)}: "
             "choose a reference of the same resolution and channels"
         )
-    return extractor, real
+    return known
 
 
-def _teacher_reference(
-    settings: samples.Config, teacher: nn.Module, extractor: features.Extractor
+def with_teacher_samples(
+    parts: Parts, settings: samples.Config, folder: RunFolder, world: World
+) -> Parts:
+    """Return the parts with the teacher's own samples measured, where the recipe asks for that.
+
+    They are kept in the run's folder, so that a run samples its teacher once.
+    """
+    is_reference = settings.reference == "teacher"
+    made, extractor = parts.teacher_samples, parts.extractor
+    if extractor is None or not (is_reference or settings.teacher):
+        return parts
+    if made is None and distributed.from_main(folder.teacher_samples.exists(), world):
+        made = reference.read_npz(folder.teacher_samples, extractor)
+    elif made is None:
+        made = _sampled(parts, extractor, settings, world)
+        if world.is_main:
+            reference.save_npz(folder.teacher_samples, made)
+    return replace(parts, teacher_samples=made, reference=made if is_reference else parts.reference)
+
+
+def _sampled(
+    parts: Parts, extractor: features.Extractor, settings: samples.Config, world: World
 ) -> reference.Reference:
-    """Return the statistics of the teacher's own samples: what the student is drawn to."""
-    _log.info("sampling %d images of the teacher as the reference", settings.images)
-
-    def images_of(seeds: Sequence[int]) -> Tensor:
-        latents, labels = samples.latents_and_labels(
-            seeds, latent_shape=teacher.image_shape, num_classes=teacher.num_classes
-        )
-        labels = None if labels is None else labels.to(extractor.device)
-        made = sampling.heun(teacher.eval(), latents.to(extractor.device), labels)
-        return samples.to_uint8(made)
-
-    found = samples.generated_statistics(
-        images_of, range(settings.images), extractor, batch_size=settings.batch_size
+    _log.info("sampling %d images of the teacher", settings.images)
+    made = samples.generated_statistics(
+        parts.teacher_images,
+        range(settings.images),
+        extractor,
+        batch_size=settings.batch_size,
+        world=world,
     )
     return reference.Reference(
-        mean=found.mean.cpu(),
-        covariance=found.covariance.cpu(),
+        mean=made.mean.cpu(),
+        covariance=made.covariance.cpu(),
         source="the teacher's own samples",
         sha256="",
         images=settings.images,
-        image_shape=teacher.image_shape,
+        image_shape=parts.teacher.image_shape,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
     )

@@ -25,8 +25,8 @@ from core.downloads import local_file, sha256_of
 from core.protocols import Networks
 from core.run_folder import RunFolder, atomic_write
 from eval import pictures, report, samples
-from eval.metrics import MetricResult
-from refinement.parts import Parts, found
+from eval.metrics import MetricResult, frechet_distance
+from refinement.parts import Parts, found, with_teacher_samples
 from refinement.recipe import NetworkSection, Recipe
 from training import checkpoint, loop
 from training import state as training_state
@@ -78,6 +78,7 @@ def train(run: Run) -> None:
     if run.world.is_main:
         run.folder.keep_readings_until(run.state.images_seen)
     distributed.barrier(run.world)
+    _meet_teacher(run)
     _measured(run, "before", run.original)
     if run.state.images_seen >= run.recipe.training.total_images:
         return
@@ -98,6 +99,7 @@ def train(run: Run) -> None:
 
 def finish(run: Run) -> report.Report:
     """Return the report of the run as it stands, after writing it and the refined weights."""
+    _meet_teacher(run)
     _measured(run, "before", run.original)
     student = copy.deepcopy(run.state.student_ema)
     if hasattr(student, "settle"):
@@ -114,10 +116,32 @@ def finish(run: Run) -> report.Report:
     if run.world.is_main:
         evaluation = run.recipe.evaluation
         pairs = samples.pairs(
-            run.original, student, count=evaluation.pairs, device=run.world.device
+            run.original,
+            student,
+            count=evaluation.pairs,
+            device=run.world.device,
+            teacher=run.parts.teacher_images if _starts_from_noise(run) else None,
         )
         report.write(run.folder.report, made, pairs)
     return made
+
+
+def _meet_teacher(run: Run) -> None:
+    """Take in the statistics of the teacher's own samples, where the recipe asks for them."""
+    run.parts = with_teacher_samples(run.parts, run.recipe.evaluation, run.folder, run.world)
+
+
+def _starts_from_noise(run: Run) -> bool:
+    """Return whether student and teacher make images from the same latents."""
+    return run.original.latent_shape == run.parts.teacher.image_shape
+
+
+def _teacher_score(parts: Parts) -> report.SampleScore | None:
+    """Return how far the teacher's own samples are from the real images, where that is known."""
+    made, real = parts.teacher_samples, parts.reference
+    if made is None or real is None or made is real:
+        return None
+    return report.SampleScore(frechet_distance(made, real), made.images)
 
 
 def _measured(run: Run, when: str, student: nn.Module) -> None:
@@ -206,6 +230,7 @@ def _report(run: Run) -> report.Report:
         extractor=parts.extractor and report.ExtractorName.of(parts.extractor),
         environment=report.Environment.here(run.world.device),
         kernel_backend=parts.kernel_backend,
+        teacher_samples=_teacher_score(parts),
         student=report.File(**student),
         teacher=report.File(**_file(recipe.teacher)),
         images_seen=run.state.images_seen,

@@ -19,7 +19,7 @@ import generators
 from core.distributed import World
 from core.run_folder import RunFolder
 from eval import pictures, samples
-from refinement.parts import load_parts
+from refinement.parts import load_parts, with_teacher_samples
 from refinement.recipe import read_recipe
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -56,7 +56,7 @@ def test_a_run_leaves_its_files_and_no_others(finished: Finished) -> None:
         *("readings.jsonl", "recipe.yaml"),
         *("report/curve.png", "report/report.json", "report/report.md", "report/report.png"),
         *(f"samples/{images:012d}.png" for images in (0, 32, 64, 80)),
-        "student.safetensors",
+        *("student.safetensors", "teacher-samples.npz"),
     ]
     assert finished.outcome.code == 0
     assert list(contents(finished.folder.path)) == sorted(expected)
@@ -108,6 +108,7 @@ def test_the_refined_weights_measure_as_the_report_says(finished: Finished) -> N
     """generators.load opens student.safetensors, and its FID is the report's "after"."""
     recipe = read_recipe(finished.recipe)
     parts = load_parts(recipe, ALONE)
+    parts = with_teacher_samples(parts, recipe.evaluation, finished.folder, ALONE)
     assert parts.extractor is not None and parts.reference is not None
     fid = samples.fid_over_seeds(
         generators.load(finished.folder.student), parts.extractor, parts.reference,

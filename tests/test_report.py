@@ -14,7 +14,16 @@ from PIL import Image
 from core.errors import UserError
 from eval import report as reports
 from eval.metrics import MetricResult
-from eval.report import Curve, CurvePoint, Environment, ExtractorName, File, ReferenceName, Report
+from eval.report import (
+    Curve,
+    CurvePoint,
+    Environment,
+    ExtractorName,
+    File,
+    ReferenceName,
+    Report,
+    SampleScore,
+)
 from eval.samples import Pairs
 
 REPORT = Report(
@@ -33,7 +42,8 @@ REPORT = Report(
     started_at="2026-01-02T10:00:00+00:00",
     finished_at="2026-01-02T10:08:00+00:00",
     durations_seconds={"training": 400.0},
-    curve=Curve((CurvePoint(0, 24.5), CurvePoint(200_000, 15.9)), 5_000, 7.0, 1.0),
+    curve=Curve((CurvePoint(0, 24.5), CurvePoint(200_000, 15.9)), 5_000, 1.0),
+    teacher_samples=SampleScore(7.0, 10_000),
     pair_seeds=(0, 1),
     recipe={"training": {"seed": 0}},
 )
@@ -42,6 +52,20 @@ REPORT = Report(
 def _pairs(count: int, labels: tuple[int, ...] | None, size: int = 8) -> Pairs:
     black = torch.zeros(count, 1, size, size, dtype=torch.uint8)
     return Pairs(tuple(range(count)), black, black + 255, labels)
+
+
+def test_the_teacher_s_own_samples_have_their_line() -> None:
+    """Summary, page and table of facts say what they are worth, and a weak teacher is named."""
+    said = "FID (mnist32 features) 7.00 of 10,000 images"
+    assert f"the teacher's own samples: {said}" in reports.summary(REPORT)
+    assert f"| teacher's own samples | {said} |" in reports.markdown(REPORT, pictures=[])
+    assert not any("little to learn" in warning for warning in reports.warnings(REPORT))
+    weak = replace(REPORT, teacher_samples=SampleScore(24.5, 1000))
+    (warning,) = [line for line in reports.warnings(weak) if "little to learn" in line]
+    assert "24.5 of 1,000 images" in warning
+    unknown = replace(REPORT, teacher_samples=None)
+    assert "| teacher's own samples | not measured |" in reports.markdown(unknown, pictures=[])
+    assert "teacher" not in reports.summary(unknown)
 
 
 def test_json_has_every_field(tmp_path: Path) -> None:
@@ -55,6 +79,7 @@ def test_json_has_every_field(tmp_path: Path) -> None:
     assert document["seeds"] == [[50, 10_050], [10_050, 20_050], [20_050, 30_050]]
     assert document["reference"] == {"name": "digits.zip", "sha256": "a" * 64, "images": 8000}
     assert document["extractor"] == {"name": "mnist32", "sha256": "b" * 64}
+    assert document["teacher_samples"] == {"fid": 7.0, "images": 10_000}
     assert document["curve"]["points"] == [[0, 24.5], [200_000, 15.9]]
     assert document["environment"]["git_commit"] == "c" * 40
     assert (document["truncation"], document["noise_mode"]) == (1.0, "const")
@@ -121,7 +146,8 @@ def test_summary_is_a_small_table() -> None:
     assert lines[0].split() == ["before", "after", "change"]
     assert lines[1].endswith("24.0 ± 0.2  15.3 ± 0.1   -36 %")
     assert len(lines[0]) == len(lines[1])
-    assert lines[2].startswith("! ")
+    assert lines[2] == "the teacher's own samples: FID (mnist32 features) 7.00 of 10,000 images"
+    assert lines[3].startswith("! ")
 
 
 def test_pictures_are_written_beside_the_text(tmp_path: Path) -> None:

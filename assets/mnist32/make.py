@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -27,7 +27,7 @@ from core.run_folder import atomic_write
 from data.images import Images
 from eval import features, reference
 from eval.metrics import FeatureStatistics, frechet_distance
-from eval.samples import generated_statistics, latents_and_labels, student_images, to_uint8
+from eval.samples import ImagesOf, generated_statistics, student_images, teacher_images
 from generators import stylegan2
 from teachers import edm
 from teachers.sampling import heun
@@ -155,19 +155,10 @@ def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
 
 def _teacher_fid(*, count: int) -> Callable[[nn.Module], float]:
     """Return a function from a teacher to the FID of its 18-step samples."""
-
-    def samples(teacher: edm.EDMDenoiser) -> Callable[[Sequence[int]], Tensor]:
-        def images_of(seeds: Sequence[int]) -> Tensor:
-            inputs = latents_and_labels(seeds, latent_shape=(1, 32, 32), num_classes=10)
-            with torch.no_grad():
-                return to_uint8(heun(teacher, inputs.latents, inputs.labels, steps=18))
-
-        return images_of
-
-    return lambda teacher: _fid(samples(teacher), count=count)
+    return lambda teacher: _fid(teacher_images(teacher, heun, device="cpu"), count=count)
 
 
-def _fid(images_of: Callable[[Sequence[int]], Tensor], *, count: int) -> float:
+def _fid(images_of: ImagesOf, *, count: int) -> float:
     extractor = features.load("mnist32")
     real = reference.read_npz(HERE / "reference.npz", extractor)
     made = generated_statistics(images_of, range(count), extractor, batch_size=100)
