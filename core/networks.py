@@ -7,21 +7,61 @@ gives the Config of a published pickle's network where that network is of this f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from core import config, plugins, weights
+from core import config, pickle_writing, plugins, weights
 from core.downloads import local_file
 from core.errors import UserError
 from core.pickles import NetworkRecord
 from core.weights import PublishedPickle, SavedNetwork
 
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which part of which file a network is, and what else the file holds."""
+
+    path: Path
+    sha256: str
+    family: str
+    """The module that builds it, such as "stylegan2" or "edm"."""
+    record: str | None = None
+    """Its name in a published pickle; None in our own format, whose files hold one network."""
+    beside: tuple[str, ...] = ()
+    """Names of what else the pickle holds."""
+
+    def __str__(self) -> str:
+        """Return all of it as a sentence for a log."""
+        if self.record is None:
+            return f"{self.path}: a {self.family} network in our format"
+        others = f"also in it: {', '.join(self.beside)}" if self.beside else "nothing else in it"
+        return f"{self.path}: its {self.record}, a {self.family} network; {others}"
+
+
+class Opened(NamedTuple):
+    """A network, and where it comes from."""
+
+    network: nn.Module
+    source: Source
+
 
 def load(folder: str, source: str | Path, *, records: Sequence[str]) -> nn.Module:
-    """Return the network of a weights file, in eval mode on the CPU, float32.
+    """Return the network of a weights file as `open_file` does, and log what was taken from it."""
+    network, described = open_file(folder, source, records=records)
+    _log.info("%s", described)
+    return network
+
+
+def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Opened:
+    """Return the network of a weights file, in eval mode on the CPU, float32, and what it is there.
 
     folder: "generators" or "teachers". source: path or URL of our safetensors or of a published
     pickle, where the first of `records` that the file holds is taken. Raises UserError where the
@@ -31,11 +71,14 @@ def load(folder: str, source: str | Path, *, records: Sequence[str]) -> nn.Modul
     if isinstance(file, SavedNetwork):
         if file.family not in plugins.names(folder):
             raise _unknown(folder, f"a {file.family} network", file.path)
-        return _rebuilt(folder, file.family, file.config, file.tensors, path=file.path)
+        network = _rebuilt(folder, file.family, file.config, file.tensors, path=file.path)
+        return Opened(network, Source(file.path, file.sha256, file.family))
     name = next((name for name in records if name in file.records), records[0])
     record = file.record(name)
     family, shape = _claimed(folder, record, file)
-    return _rebuilt(folder, family, shape, record.tensors, path=file.path)
+    network = _rebuilt(folder, family, shape, record.tensors, path=file.path)
+    beside = (*(other for other in file.records if other != name), *file.beside)
+    return Opened(network, Source(file.path, file.sha256, family, name, beside))
 
 
 def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | None = None) -> None:
@@ -49,6 +92,29 @@ def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | N
         tensors=network.state_dict(),
         provenance=provenance,
     )
+
+
+def save_refined(
+    original: Path, out: Path, network: nn.Module, *, records: Sequence[str]
+) -> tuple[str, ...]:
+    """Write a copy of a published pickle that carries a network of ours; return where in it.
+
+    Each of `records` that the pickle holds gets the network's tensors; all else stays as it is
+    (`pickle_writing.write_refined`). Raises UserError where the pickle holds none of them or a
+    network of other tensors, or the copy cannot be written.
+    """
+    file = weights.read(original)
+    if isinstance(file, SavedNetwork):
+        raise UserError(f"{original} is in our own format: only a published pickle is copied")
+    found = tuple(name for name in records if name in file.records)
+    if not found:
+        file.record(records[0])  # raises, and lists what is there
+    tensors = network.state_dict()
+    for name in found:
+        if lost := next((key for key in file.record(name).tensors if key not in tensors), None):
+            raise UserError(f"{original}: its {name} has {lost}, which the refined network has not")
+    pickle_writing.write_refined(original, out, dict.fromkeys(found, tensors))
+    return found
 
 
 def family_of(network: nn.Module) -> str:

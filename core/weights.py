@@ -25,6 +25,8 @@ from core.run_folder import atomic_write
 _FORMAT = "gan-refinement-toolkit/1"
 _LONGEST_HEADER_BYTES = 100_000_000
 """Of a safetensors file, by its specification."""
+_TORCH_SAVE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""What torch.save began its files with before they were zip archives: a number of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,8 @@ class PublishedPickle:
     sha256: str
     records: dict[str, NetworkRecord]
     """By their names in the file: "G", "D", "G_ema"; "ema"."""
+    beside: tuple[str, ...] = ()
+    """Names of what else it holds: losses, augmentations, options."""
 
     def record(self, name: str) -> NetworkRecord:
         """Return the network of this name. Raises UserError that lists those in the file."""
@@ -74,9 +78,17 @@ def read(path: str | Path) -> SavedNetwork | PublishedPickle:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if _is_safetensors(start):
         return _read_saved(path)
-    if start[:1] == b"\x80":
-        return PublishedPickle(path, sha256_of(path), pickles.networks(path))
+    if start[:1] == b"\x80" and not start.startswith(_TORCH_SAVE):
+        return _read_pickle(path)
     raise UserError(f"{path} {_what_else(start, size)}")
+
+
+def _read_pickle(path: Path) -> PublishedPickle:
+    content = pickles.read(path)
+    records = content.networks
+    held = (name for name, value in content.top.items() if value is not None)
+    beside = tuple(name for name in held if name not in records)
+    return PublishedPickle(path, sha256_of(path), records, beside)
 
 
 def save(
@@ -157,10 +169,11 @@ def _what_else(start: bytes, size: int) -> str:
         return "is a web page, not weights: its link led to a page. Download the file itself."
     if text.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the weights. Run `git lfs pull` where it comes from."
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith((b"PK\x03\x04", _TORCH_SAVE)):
+        kind = "a zip archive, such as torch.save writes" if start[:1] == b"P" else "a torch.save"
         return (
-            "is a zip archive, such as torch.save writes: expected our safetensors or a StyleGAN "
-            "or EDM pickle. Save its tensors with core.weights.save, naming family and config."
+            f"is {kind}: expected our safetensors or a StyleGAN or EDM pickle. "
+            "Save its tensors with core.weights.save, naming family and config."
         )
     if size < 16:
         return f"is truncated: it has {size} bytes. Get it again."

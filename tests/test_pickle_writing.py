@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import test_pickles
 import torch
+from test_generators import SMALL_ADA, Generator, built, inputs
+from test_generators import write as pickled
 from test_pickles import Layer, Persistent, Reduced, dump, generator, published_modules
 from torch import Tensor, nn
 
-from core import pickles
+import generators
+from core import networks, pickles
 from core.errors import UserError
 from core.pickle_writing import write_refined
 
@@ -206,8 +209,8 @@ def test_what_another_network_shares_is_refused(write, tmp_path, kind):
         torch.save(one, buffer, _use_new_zipfile_serialization=False)
         content = buffer.getvalue()
         one, other = (Reduced(torch.storage._load_from_bytes, (content,)) for _ in range(2))
-    networks = {name: Viewer(a=(s, 0, (4,), (1,))) for name, s in (("G", one), ("D", other))}
-    path, out = write(networks), tmp_path / "out.pkl"
+    both = {name: Viewer(a=(s, 0, (4,), (1,))) for name, s in (("G", one), ("D", other))}
+    path, out = write(both), tmp_path / "out.pkl"
     with pytest.raises(UserError, match=r"D\.a and G\.a share values there"):
         write_refined(path, out, {"G": {"a": torch.ones(4)}})
     assert not out.exists()
@@ -239,18 +242,18 @@ def test_repeated_elements(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("networks", "complaint"),
+    ("weights", "complaint"),
     [
         ({"G": {}}, r"has no network G\. The networks in it: G_ema\."),
         ({"G_ema": {"b16": torch.zeros(1)}}, r"has no tensor G_ema\.b16: .*another network"),
         ({"G_ema": {"w_avg": torch.zeros(2)}}, r"G_ema\.w_avg is \[\] there, got \[2\]"),
     ],
 )
-def test_weights_of_another_network_are_named(write, tmp_path, networks, complaint):
+def test_weights_of_another_network_are_named(write, tmp_path, weights, complaint):
     """What does not fit the file gives one sentence with its path, and no file."""
     path, out = write({"G_ema": generator()}), tmp_path / "out.pkl"
     with pytest.raises(UserError, match=complaint) as error:
-        write_refined(path, out, networks)
+        write_refined(path, out, weights)
     assert str(path) in str(error.value) and not out.exists()
 
 
@@ -303,3 +306,67 @@ def test_state_is_ordered_as_before(write, tmp_path):
     new = shifted(state(path))
     write_refined(path, out, {"G_ema": OrderedDict(reversed(new.items()))})
     assert_equal(state(out), new)
+
+
+# A student's own pickle -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    """Give a published network-snapshot of a student."""
+    content = {
+        "G": Generator(built(c_dim=3).state_dict(), **SMALL_ADA),
+        "D": Layer(2),
+        "G_ema": Generator(built(c_dim=3).state_dict(), **SMALL_ADA),
+        "augment_pipe": None,
+        "training_set_kwargs": {"path": "x.zip"},
+    }
+    return pickled(tmp_path / "network-snapshot.pkl", **content)
+
+
+def test_loading_says_what_was_taken_and_what_else_is_there(snapshot, tmp_path, caplog):
+    """The log names the file, the record, its family and all that was left; ours names itself."""
+    network, source = networks.open_file("generators", snapshot, records=("G_ema", "G"))
+    assert (source.record, source.family) == ("G_ema", "stylegan2")
+    assert source.beside == ("G", "D", "training_set_kwargs")
+    caplog.set_level("INFO")
+    generators.load(snapshot)
+    networks.save(tmp_path / "ours", network)
+    generators.load(tmp_path / "ours")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{snapshot}: its G_ema, a stylegan2 network; also in it: G, D, training_set_kwargs",
+        f"{tmp_path / 'ours'}: a stylegan2 network in our format",
+    ]
+
+
+def test_a_refined_student_goes_back_into_its_pickle(snapshot, tmp_path):
+    """G_ema and G of the copy make the refined student's images; D is as it was."""
+    student, out = generators.load(snapshot), tmp_path / "refined.pkl"
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01)
+        student.mapping.w_avg.add_(1)
+    expected = student(*inputs(student))
+    student = student.to(memory_format=torch.channels_last)
+    assert networks.save_refined(snapshot, out, student, records=("G_ema", "G")) == ("G_ema", "G")
+    for name in ("G_ema", "G"):
+        loaded, _ = networks.open_file("generators", out, records=(name,))
+        assert torch.equal(loaded(*inputs(student)), expected)
+        assert torch.equal(loaded.mapping.w_avg, student.mapping.w_avg)
+    assert_equal(state(out, "D"), state(snapshot, "D"))
+
+
+def test_students_go_back_only_where_they_fit(snapshot, tmp_path):
+    """Another network, our own format, a file without a generator: each named, and no copy made."""
+    student, out = generators.load(snapshot), tmp_path / "refined.pkl"
+    larger = built(c_dim=3, img_resolution=32)
+    networks.save(tmp_path / "ours", student)
+    with pytest.raises(UserError, match=r"has no tensor G_ema\.synthesis\.b32"):
+        networks.save_refined(snapshot, out, larger, records=("G_ema",))
+    with pytest.raises(UserError, match=r"its G_ema has .*, which the refined network has not"):
+        networks.save_refined(snapshot, out, student.synthesis, records=("G_ema",))
+    with pytest.raises(UserError, match=r"no network ema\. The networks in it: G, D, G_ema"):
+        networks.save_refined(snapshot, out, student, records=("ema",))
+    with pytest.raises(UserError, match="is in our own format"):
+        networks.save_refined(tmp_path / "ours", out, student, records=("G_ema",))
+    assert not out.exists()

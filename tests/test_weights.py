@@ -1,6 +1,7 @@
 """core.weights: our files come back exactly, pickles as records, the rest as a sentence."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -52,7 +53,8 @@ def published(tmp_path, monkeypatch):
             return persistence._reconstruct_persistent_obj, (meta | {"state": state},)
 
     path = tmp_path / "network.safetensors"  # a wrong ending on purpose
-    path.write_bytes(pickle.dumps({"G_ema": Network(), "training_set_kwargs": {}}))
+    content = {"G_ema": Network(), "augment_pipe": None, "training_set_kwargs": {}}
+    path.write_bytes(pickle.dumps(content))
     return path
 
 
@@ -105,6 +107,7 @@ def test_a_pickle_is_recognised_by_content(published):
     """A published pickle is one whatever its name says, and gives its networks by name."""
     network = weights.read(published)
     assert isinstance(network, weights.PublishedPickle)
+    assert network.beside == ("training_set_kwargs",)
     record = network.record("G_ema")
     assert (record.class_name, record.arguments) == ("Generator", {"z_dim": 8})
     assert record.tensors["w_avg"].tolist() == [0, 1, 2]
@@ -144,6 +147,17 @@ def test_other_files_are_told_what_they_are(tmp_path, content, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         weights.read(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_torch_save_of_either_form_is_told_what_it_is(tmp_path):
+    """Old checkpoints of other programs begin like a pickle, new ones like a zip."""
+    path = tmp_path / "checkpoint.pt"
+    for is_zip, kind in ((False, "a torch.save"), (True, "a zip archive, such as torch.save")):
+        buffer = io.BytesIO()
+        torch.save({"g_ema": TENSORS}, buffer, _use_new_zipfile_serialization=is_zip)
+        path.write_bytes(buffer.getvalue())
+        with pytest.raises(UserError, match=f"checkpoint.pt is {kind}"):
+            weights.read(path)
 
 
 @pytest.mark.parametrize(
