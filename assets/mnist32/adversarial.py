@@ -30,8 +30,6 @@ class Settings:
     learning_rate: float = 2e-3
     r1_weight: float = 0.5
     r1_every: int = 16
-    anneal_from: float = 0.5
-    """Fraction of the training after which the learning rates fall linearly to 0."""
     ema_halflife_kimg: float = 10.0
     seed: int = 0
 
@@ -105,14 +103,12 @@ def train(
     torch.manual_seed(settings.seed)
     average = copy.deepcopy(student).eval().requires_grad_(False)
     critic = Discriminator(num_classes=student.num_classes).to(memory_format=torch.channels_last)
-    rate = settings.learning_rate
+    rate = settings.learning_rate  # constant: where the FID stops falling, it is not the schedule
     student_adam = torch.optim.Adam(student.parameters(), lr=rate, betas=(0.0, 0.99))
     lazy = settings.r1_every / (settings.r1_every + 1)  # StyleGAN2, appendix B
     critic_adam = torch.optim.Adam(critic.parameters(), lr=rate * lazy, betas=(0.0, 0.99**lazy))
     size = settings.batch_size
     for step in range(int(settings.total_kimg * 1000) // size):
-        rate = settings.learning_rate * _annealing(step * size, settings)
-        student_adam.param_groups[0]["lr"], critic_adam.param_groups[0]["lr"] = rate, rate * lazy
         chosen = torch.randint(len(images), [size])
         student_loss = _student_step(student, critic, student_adam, labels[chosen])
         critic_loss = _critic_step(student, critic, critic_adam, images[chosen], labels[chosen])
@@ -124,12 +120,6 @@ def train(
         if (step + 1) % max(1000 // size, 1) == 0:
             readings = {"student": student_loss.item(), "critic": critic_loss.item()}
             yield (step + 1) * size, average, readings
-
-
-def _annealing(images_seen: int, settings: Settings) -> float:
-    """Return the factor on the learning rates: 1, then falling linearly to 0 at the end."""
-    left = 1 - images_seen / (settings.total_kimg * 1000)
-    return min(left / (1 - settings.anneal_from), 1.0)
 
 
 def _fake(student: StyleGAN2, labels: Tensor) -> Tensor:

@@ -99,11 +99,12 @@ def make_reference(source: Path) -> None:
 
 @main.command("student")
 @_source
-@click.option("--kimg", default=120.0, show_default=True, help="Length in thousands of digits.")
-@click.option("--every-kimg", default=10.0, show_default=True, help="Between measurements.")
-def make_student(source: Path, kimg: float, every_kimg: float) -> None:
-    """Train the GAN to its plateau; the best of its measured moving averages is kept."""
-    images, labels = _digits(source)
+@click.option("--digits", default=100, show_default=True, help="How many of them it sees.")
+@click.option("--kimg", default=400.0, show_default=True, help="Length in thousands of digits.")
+@click.option("--every-kimg", default=20.0, show_default=True, help="Between measurements.")
+def make_student(source: Path, digits: int, kimg: float, every_kimg: float) -> None:
+    """Train the GAN to its plateau on a few digits; the best of its measured averages is kept."""
+    images, labels = (found[:digits] for found in _digits(source))
     torch.manual_seed(0)
     student = stylegan2.build(STUDENT).to(memory_format=torch.channels_last)
     steps = adversarial.train(student, images, labels, adversarial.Settings(total_kimg=kimg))
@@ -113,8 +114,8 @@ def make_student(source: Path, kimg: float, every_kimg: float) -> None:
 
 @main.command("teacher")
 @_source
-@click.option("--kimg", default=220.0, show_default=True, help="Length in thousands of digits.")
-@click.option("--every-kimg", default=20.0, show_default=True, help="Between measurements.")
+@click.option("--kimg", default=640.0, show_default=True, help="Length in thousands of digits.")
+@click.option("--every-kimg", default=106.0, show_default=True, help="Between measurements.")
 def make_teacher(source: Path, kimg: float, every_kimg: float) -> None:
     """Train the diffusion model; the best of its measured moving averages is kept."""
     images, labels = _digits(source)
