@@ -1,16 +1,22 @@
-"""Bias, activation, gain and clamp in one operation (Karras et al., StyleGAN2-ADA), in plain
-PyTorch.
+"""Bias, activation, gain and clamp in one operation (Karras et al., StyleGAN2-ADA).
+
+Here are its definition and the reference in plain PyTorch; native kernels do the same where the
+policy (backend.py) says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import sqrt
+from math import inf, sqrt
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from custom_ops import _native
+from custom_ops._native import BiasAct
+from custom_ops.backend import kernels_for
 
 
 class Activation(NamedTuple):
@@ -52,14 +58,22 @@ def bias_act(
     of the wrong length.
     """
     activation = ACTIVATIONS[act]
-    if b is not None:
-        if b.shape != (x.shape[dim],):
-            raise ValueError(
-                f"bias has shape {tuple(b.shape)}, dimension {dim} of x has {x.shape[dim]}"
-            )
-        x = x + b.reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
-    x = activation.function(x, activation.alpha if alpha is None else alpha)
+    alpha = activation.alpha if alpha is None else alpha
     gain = activation.gain if gain is None else gain
-    if gain != 1:
-        x = x * gain
-    return x if clamp is None else x.clamp(-clamp, clamp)
+    if b is not None and b.shape != (x.shape[dim],):
+        raise ValueError(
+            f"bias has shape {tuple(b.shape)}, dimension {dim} of x has {x.shape[dim]}"
+        )
+    op = BiasAct(dim % x.ndim, act, alpha, gain, inf if clamp is None else clamp)
+    kernels = kernels_for(x) if alpha >= 0 and gain > 0 else None  # they tell u's sign by y's
+    return reference(x, b, op) if kernels is None else _native.bias_act(kernels, x, b, op)
+
+
+def reference(x: Tensor, b: Tensor | None, op: BiasAct) -> Tensor:
+    """Return `bias_act` in plain PyTorch, differentiable to any order."""
+    if b is not None:
+        x = x + b.reshape([-1 if axis == op.dim else 1 for axis in range(x.ndim)])
+    x = ACTIVATIONS[op.act].function(x, op.alpha)
+    if op.gain != 1:
+        x = x * op.gain
+    return x if op.clamp == inf else x.clamp(-op.clamp, op.clamp)

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import inf, sqrt
 
 from torch import Tensor
 
-from custom_ops.bias_act import bias_act
-from custom_ops.upfirdn2d import upfirdn2d
+from custom_ops import _native, bias_act, upfirdn2d
+from custom_ops._native import BiasAct, FilteredLrelu, LeakyRelu
+from custom_ops._resampling import Resample, resampling
+from custom_ops.backend import kernels_for
 
 
 def filtered_lrelu(
@@ -39,7 +41,24 @@ def filtered_lrelu(
     counted after upsampling; negative crops. `clamp=None` clips nothing. Raises ValueError for a
     bias of the wrong length.
     """
-    x = bias_act(x, b)
-    x = upfirdn2d(x, fu, up=up, padding=padding, gain=up**2, flip_filter=flip_filter)
-    x = bias_act(x, act="lrelu", alpha=slope, gain=gain, clamp=clamp)
-    return upfirdn2d(x, fd, down=down, flip_filter=flip_filter)
+    if b is not None and b.shape != (x.shape[1],):
+        raise ValueError(f"bias has shape {tuple(b.shape)}, x has {x.shape[1]} channels")
+    along_up = resampling(x.shape, fu, up=up, down=1, padding=padding)
+    middle = (*x.shape[:2], along_up[1].out_size, along_up[0].out_size)
+    along_down = resampling(middle, fd, up=1, down=down, padding=0)
+    op = FilteredLrelu(
+        Resample(fu, *along_up, flip_filter, float(up**2)),
+        Resample(fd, *along_down, flip_filter, 1.0),
+        LeakyRelu(gain, slope, inf if clamp is None else clamp),
+    )
+    kernels = kernels_for(x, fu, fd)
+    return reference(x, b, op) if kernels is None else _native.filtered_lrelu(kernels, x, b, op)
+
+
+def reference(x: Tensor, b: Tensor | None, op: FilteredLrelu) -> Tensor:
+    """Return `filtered_lrelu` in plain PyTorch, differentiable to any order."""
+    gain, slope, clamp = op.lrelu
+    x = x if b is None else x + b[:, None, None]
+    x = upfirdn2d.reference(x, op.up)
+    x = bias_act.reference(x, None, BiasAct(1, "lrelu", slope, gain, clamp))
+    return upfirdn2d.reference(x, op.down)

@@ -3,17 +3,21 @@ StyleGAN). All resampling in the StyleGAN family is this operation.
 
 Here are its definition and the reference in plain PyTorch, differentiable to any order, which
 multiplies no stuffed zero and computes no dropped pixel: along one axis the whole operation is a
-banded matrix, and a filter that is an outer product is two of them.
+banded matrix, and a filter that is an outer product is two of them. Native kernels do the same
+where the policy (backend.py) says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from custom_ops import _native
+from custom_ops._resampling import Resample, Resampling, resampling, separated
+from custom_ops.backend import kernels_for
 
 _LONGEST_BLOCK = 256
 """Outputs of one matrix product: the band of a long axis is narrow, so it is cut into blocks."""
@@ -50,68 +54,19 @@ def upfirdn2d(
     (x, y). padding: one number, (x, y) or (x before, x after, y before, y after), counted after
     upsampling. Raises ValueError where nothing would be left of the image.
     """
-    axes = resampling(x.shape, f, up=up, down=down, padding=padding)
-    return reference(x, f, *axes, flip_filter=flip_filter, gain=gain)
+    along_x, along_y = resampling(x.shape, f, up=up, down=down, padding=padding)
+    op = Resample(f, along_x, along_y, flip_filter, gain)
+    kernels = kernels_for(x, f)
+    return reference(x, op) if kernels is None else _native.upfirdn2d(kernels, x, op)
 
 
-class Resampling(NamedTuple):
-    """What happens along one axis."""
-
-    size: int
-    """Pixels before."""
-    up: int
-    down: int
-    taps: int
-    before: int
-    """Zeros in front, counted after upsampling; negative: cropped."""
-    after: int
-    """Zeros behind, likewise."""
-
-    @property
-    def out_size(self) -> int:
-        """Pixels afterwards."""
-        return (self.size * self.up + self.before + self.after - self.taps) // self.down + 1
-
-
-def resampling(
-    shape: Sequence[int],
-    f: Tensor | None,
-    *,
-    up: int | Sequence[int],
-    down: int | Sequence[int],
-    padding: int | Sequence[int],
-) -> tuple[Resampling, Resampling]:
-    """Return what happens along x and along y to images of this shape [N, C, H, W].
-
-    Raises ValueError where nothing would be left of the image.
-    """
-    taps_y, taps_x = (1, 1) if f is None else (f.shape[0], f.shape[-1])
-    (up_x, up_y), (down_x, down_y) = _pair(up), _pair(down)
-    left, right, top, bottom = _four(padding)
-    along_x = Resampling(shape[3], up_x, down_x, taps_x, left, right)
-    along_y = Resampling(shape[2], up_y, down_y, taps_y, top, bottom)
-    if min(along_x.out_size, along_y.out_size) < 1:
-        raise ValueError(
-            f"nothing is left of images {tuple(shape)} with up {up}, down {down}, "
-            f"padding {padding} and a filter of {taps_y} x {taps_x} taps"
-        )
-    return along_x, along_y
-
-
-def reference(
-    x: Tensor,
-    f: Tensor | None,
-    along_x: Resampling,
-    along_y: Resampling,
-    *,
-    flip_filter: bool,
-    gain: float,
-) -> Tensor:
+def reference(x: Tensor, op: Resample) -> Tensor:
     """Return `upfirdn2d` in plain PyTorch, differentiable to any order in x and f."""
+    f, along_x, along_y, flip_filter, gain = op
     if f is None and along_x[1:] == along_y[1:] == _IDENTITY:
         return x if gain == 1 else x * gain
     f = torch.ones(1, device=x.device, dtype=x.dtype) if f is None else f.to(x.dtype)
-    lines = separated(f)
+    lines = separated(f) if f.ndim == 1 or _is_readable(f) else None
     if lines is None:
         taps = (f if flip_filter else f.flip((0, 1))) * gain
         return _filter_plane(x, taps, along_x, along_y)
@@ -122,19 +77,12 @@ def reference(
     return _filter_lines(_filter_lines(x, line_x, along_x, axis=3), line_y, along_y, axis=2)
 
 
-def separated(f: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the filters [fw] along x and [fh] along y whose outer product is f, or None.
-
-    A 2-D filter on a CPU is looked at; on another device it would have to be waited for.
+def _is_readable(f: Tensor) -> bool:
+    """Return whether a filter may be looked at: it is a number, neither trained nor traced, and
+    need not be waited for.
     """
-    if f.ndim == 1:
-        return f, f
-    if f.device.type != "cpu" or f.requires_grad:
-        return None
-    row, column = divmod(int(f.abs().argmax()), f.shape[1])
-    line_x, line_y = f[row], f[:, column] / f[row, column]
-    error = (torch.outer(line_y, line_x) - f).abs().max()
-    return (line_x, line_y) if error <= 2 * torch.finfo(f.dtype).eps * f.abs().max() else None
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(f) is not Tensor
+    return f.device.type == "cpu" and not f.requires_grad and not is_traced
 
 
 def _filter_lines(x: Tensor, taps: Tensor, along: Resampling, *, axis: int) -> Tensor:
@@ -147,13 +95,18 @@ def _filter_lines(x: Tensor, taps: Tensor, along: Resampling, *, axis: int) -> T
     blocks = []
     for first in range(0, along.out_size, _LONGEST_BLOCK):
         rows = matrix[first : first + _LONGEST_BLOCK]
-        begin = max(0, -(-(first * along.down - along.before) // along.up))
-        last = (first + len(rows) - 1) * along.down - along.before + along.taps - 1
-        end = max(begin + 1, min(along.size, last // along.up + 1))
-        begin = min(begin, end - 1)
+        begin, end = _inputs_of(along, first, first + len(rows))
         part = x.narrow(axis, begin, end - begin)
         blocks.append(_multiply(part, rows[:, begin:end], axis=axis))
     return torch.cat(blocks, dim=axis)
+
+
+def _inputs_of(along: Resampling, first: int, end: int) -> tuple[int, int]:
+    """Return the range of inputs, at least one, on which the outputs first to end - 1 depend."""
+    lowest = -((along.before - first * along.down) // along.up)
+    highest = ((end - 1) * along.down - along.before + along.taps - 1) // along.up
+    lowest = min(max(lowest, 0), along.size - 1)
+    return lowest, max(lowest, min(highest, along.size - 1)) + 1
 
 
 def _banded_matrix(taps: Tensor, along: Resampling) -> Tensor:
@@ -186,7 +139,7 @@ def _filter_plane(x: Tensor, taps: Tensor, along_x: Resampling, along_y: Resampl
     """
     channels = x.shape[1]
     if along_x.up == along_y.up == 1:
-        x = F.pad(x, (along_x.before, along_x.after, along_y.before, along_y.after))
+        x = _pad(x, [along_x.before, along_x.after, along_y.before, along_y.after])
         weight = taps.expand(channels, 1, *taps.shape)
         return F.conv2d(x, weight, stride=(along_y.down, along_x.down), groups=channels)
     weight = taps.flip((0, 1)).expand(channels, 1, *taps.shape)
@@ -196,17 +149,11 @@ def _filter_plane(x: Tensor, taps: Tensor, along_x: Resampling, along_y: Resampl
         for along in (along_x, along_y)
         for side in (along.before - along.taps + 1, along.after + along.up - along.taps)
     ]
-    return F.pad(spread, sides)[:, :, :: along_y.down, :: along_x.down]
+    return _pad(spread, sides)[:, :, :: along_y.down, :: along_x.down]
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    first, second = (value, value) if isinstance(value, int) else value
-    return int(first), int(second)
-
-
-def _four(padding: int | Sequence[int]) -> list[int]:
-    if isinstance(padding, int):
-        return [padding] * 4
-    if len(padding) == 2:
-        return [padding[0], padding[0], padding[1], padding[1]]
-    return [int(side) for side in padding]
+def _pad(x: Tensor, sides: list[int]) -> Tensor:
+    """Return x with zeros at its sides, then cropped where a side is negative."""
+    if min(sides) >= 0:
+        return F.pad(x, sides)
+    return F.pad(F.pad(x, [max(side, 0) for side in sides]), [min(side, 0) for side in sides])

@@ -1,0 +1,207 @@
+"""Compile csrc/ into a library of kernels, once for each kind of machine, and load it.
+
+The library is plain C called through ctypes, so no header of PyTorch is compiled: seconds, not a
+minute. It is kept in the download cache, under a name made of everything that it depends on:
+sources, torch, and the CPU's instruction set or CUDA version and GPU architecture.
+
+Any number of processes may start at once. One holds a POSIX lock, which the kernel releases when
+its holder dies, builds in a folder of its own, and renames the library into place when it is whole;
+so whoever finds the name finds a whole library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from core.downloads import cache_path
+
+Library = ctypes.CDLL
+
+_SOURCES = Path(__file__).parent / "csrc"
+_CXX_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+_WIDE_VECTORS = "-mprefer-vector-width=512"
+_NVCC_FLAGS = ("-O3", "--extra-device-vectorization")
+_log = logging.getLogger(__name__)
+
+
+class Unavailable(Exception):
+    """Why there are no kernels, as the end of a sentence."""
+
+
+def library(device: torch.device) -> Library:
+    """Return the kernels for a device. Raises Unavailable, with the same reason each time."""
+    architecture = _gpu_architecture(device) if device.type == "cuda" else None
+    found = _library(architecture)
+    if isinstance(found, str):
+        raise Unavailable(found)
+    return found
+
+
+@cache
+def _library(architecture: str | None) -> Library | str:
+    """Return the kernels for a GPU architecture (None: this CPU), or why there are none."""
+    path = library_path(architecture)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                if not path.exists():  # another process may have been first
+                    _build(path, architecture)
+        return _declared(ctypes.CDLL(str(path)))
+    except Unavailable as reason:
+        return str(reason)
+    except OSError as error:
+        return f"the compiled kernels cannot be kept or loaded ({error}); set GAN_REFINE_CACHE"
+
+
+def library_path(architecture: str | None) -> Path:
+    """Return where the library for a GPU architecture (None: this CPU) is kept."""
+    digest = hashlib.sha256()
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    made_for = (
+        (torch.version.cuda, architecture, _NVCC_FLAGS)
+        if architecture
+        else (_instruction_set(), _CXX_FLAGS, _WIDE_VECTORS)
+    )
+    digest.update(repr((torch.__version__, sys.platform, made_for)).encode())
+    name = f"{'cuda' if architecture else 'cpu'}-{digest.hexdigest()[:16]}.so"
+    return cache_path("kernels").parent / "kernels" / name
+
+
+def _gpu_architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+@cache
+def _instruction_set() -> str:
+    """Return a text that differs between CPUs which -march=native tells apart."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if re.match(r"(vendor_id|cpu family|model|flags)\b", line)]
+        if kept:
+            return "\n".join(sorted(set(kept)))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        with suppress(OSError):  # a file system without locks: both build, one rename wins
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(path: Path, architecture: str | None) -> None:
+    """Compile into a folder beside path, then rename. Raises Unavailable with the reason."""
+    for left_behind in path.parent.glob(f"{path.stem}-*"):  # by a builder that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    kind = f"CUDA {architecture}" if architecture else "this CPU"
+    _log.info("kernels: compiling for %s, once; kept in %s", kind, path.parent)
+    folder = Path(tempfile.mkdtemp(prefix=f"{path.stem}-", dir=path.parent))
+    try:
+        os.replace(_compiled(folder, architecture), path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compiled(folder: Path, architecture: str | None) -> Path:
+    """Return the library that torch's extension loader builds in an empty folder."""
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_serious)
+    from torch.utils import cpp_extension  # slow to import, and only needed here
+
+    try:
+        with (
+            _environment("PATH", _path_with_ninja()),
+            _environment("TORCH_CUDA_ARCH_LIST", architecture or ""),  # the GPU at hand only
+        ):
+            cpp_extension.load(
+                f"custom_ops_{'cuda' if architecture else 'cpu'}",
+                [str(_SOURCES / ("cuda.cu" if architecture else "cpu.cpp"))],
+                extra_cflags=[*_CXX_FLAGS, *_cpu_flags()],
+                extra_cuda_cflags=list(_NVCC_FLAGS),
+                extra_ldflags=_openmp_flags(),
+                build_directory=str(folder),
+                with_cuda=architecture is not None,
+                is_python_module=False,
+            )
+    except Exception as error:  # a missing compiler, header, ninja or nvcc raises its own kind
+        raise Unavailable(f"compiling them failed: {_first_complaint(error)}") from error
+    return next(folder.glob("*.so"))
+
+
+def _is_serious(record: logging.LogRecord) -> bool:
+    """Return whether torch's extension loader says more than that there is no GPU."""
+    return "No CUDA runtime is found" not in record.getMessage()
+
+
+def _cpu_flags() -> list[str]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [*_openmp_flags(), *([_WIDE_VECTORS] if x86 else [])]
+
+
+def _openmp_flags() -> list[str]:
+    return ["-fopenmp"] if sys.platform == "linux" else []
+
+
+def _path_with_ninja() -> str:
+    """Return PATH with the installed ninja: a virtual environment that is not activated is not on
+    it.
+    """
+    path = os.environ.get("PATH", "")
+    try:
+        import ninja
+    except ImportError:
+        return path
+    return f"{ninja.BIN_DIR}{os.pathsep}{path}"
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _first_complaint(error: Exception) -> str:
+    """Return the line of a compiler's output that says what was wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    complaints = [line for line in lines if re.search(r"\b(error|not found|cannot)\b", line, re.I)]
+    return (complaints or lines or [type(error).__name__])[0][:300]
+
+
+def _declared(found: Library) -> Library:
+    """Return the library with the types of its functions, which return a message or null."""
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    arguments = {
+        "bias_act": [pointer] * 4 + [integer] * 4 + [number] * 3 + [integer],
+        "upfirdn2d": [pointer] * 5 + [integer],
+        "filtered_lrelu": [pointer] * 4 + [integer] + [pointer] * 3 + [number] * 3 + [integer],
+    }
+    for operation, types in arguments.items():
+        for suffix in ("f32", "f64", "f16", "bf16"):
+            with suppress(AttributeError):  # half precision is for GPUs
+                function = getattr(found, f"{operation}_{suffix}")
+                function.argtypes, function.restype = types, ctypes.c_char_p
+    return found
