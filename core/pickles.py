@@ -5,7 +5,8 @@ network is a call of `torch_utils.persistence._reconstruct_persistent_obj` on it
 its `__dict__`; the published loader runs that source. Here the call gives an inert `NetworkRecord`:
 class name, constructor arguments and tensors, from which the families rebuild classes of ours.
 Every global that a file asks for is looked up in one table of stand-ins and never imported;
-whatever is not in the table is refused by name. TensorFlow pickles are left out.
+whatever is not in the table is refused by name. Networks that TensorFlow wrote for StyleGAN2, a
+tuple of three, come out under the same names, in the form of the PyTorch ones.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from core import _stand_ins
+from core import _stand_ins, _tensorflow_pickles
 from core._stand_ins import (
     Global,
     Located,
@@ -32,6 +34,7 @@ from core._stand_ins import (
     part,
     typed,
 )
+from core._tensorflow_pickles import TensorflowNetwork
 from core.errors import UserError
 
 _PERSISTENCE = "torch_utils.persistence._reconstruct_persistent_obj"
@@ -133,7 +136,9 @@ def read(path: str | Path) -> Content:
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
             reader = _Reader(content)
-            top = reader.load()
+            top = _from_tensorflow(reader.load())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except Refused as refusal:
@@ -150,12 +155,36 @@ def read(path: str | Path) -> Content:
     return Content(top, reader.stored)
 
 
+def _from_tensorflow(top: object) -> object:
+    """Return (G, D, Gs) as records by the names of today; anything else as it is."""
+    if isinstance(top, TensorflowNetwork):
+        raise UserError("it holds one TensorFlow network: expected three, (G, D, Gs) of StyleGAN2")
+    if not (isinstance(top, tuple) and [*map(type, top)] == [TensorflowNetwork] * 3):
+        return top
+    trained, discriminator, average = top
+    return {
+        "G": _tensorflow_generator(trained),
+        "D": NetworkRecord(
+            discriminator.function,
+            discriminator.module_source,
+            arguments=discriminator.arguments,
+            tensors={k: torch.from_numpy(v) for k, v in discriminator.variables().items()},
+        ),
+        "G_ema": _tensorflow_generator(average),
+    }
+
+
+def _tensorflow_generator(network: TensorflowNetwork) -> NetworkRecord:
+    arguments, tensors = _tensorflow_pickles.generator(network)
+    return NetworkRecord("Generator", network.module_source, (), arguments, tensors)
+
+
 def _refusal_sentence(path: str | Path, refused: str) -> str:
     refused = "".join(c if c.isprintable() else "?" for c in refused[:200])  # the file chose it
     if refused.startswith("dnnlib.tflib."):
         return (
-            f"{path} asks for {refused}: it holds TensorFlow networks. "
-            "Convert it with legacy.py of NVlabs/stylegan3 and give the result."
+            f"{path} asks for {refused}: it holds TensorFlow objects other than StyleGAN2's "
+            "networks. Give a network-snapshot .pkl as StyleGAN2 writes it."
         )
     return (
         f"{path} asks for {refused}, which StyleGAN and EDM network pickles do not need. It was "
@@ -237,6 +266,8 @@ class _Reader(pickle._Unpickler):
         if type(target) is NetworkRecord:
             target.tensors.update(self._tensors(typed(state, dict)))
             target.attributes.update(_attributes(typed(state, dict)))
+        elif type(target) is TensorflowNetwork:
+            target.state.update(typed(state, dict))
         elif type(target) is np.ndarray:
             fill_array(target, typed(state, tuple))
         elif isinstance(target, np.dtype):
@@ -333,6 +364,7 @@ _TORCH_MODULES = {
 }
 _CALLS: dict[tuple[str, str], Callable[..., object]] = {
     **_stand_ins.CALLS,
+    ("dnnlib.tflib.network", "Network"): lambda: TensorflowNetwork(),
     **{
         (f"torch.nn.modules.{file}", name): _module_class(f"torch.nn.modules.{file}.{name}")
         for file, names in _TORCH_MODULES.items()

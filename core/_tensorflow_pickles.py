@@ -1,0 +1,236 @@
+"""StyleGAN2's networks as TensorFlow wrote them, turned into names and layouts of the PyTorch ones.
+
+A pickle of `dnnlib.tflib.network.Network` objects holds for each network its constructor arguments
+and its variables, with the mapping and synthesis networks as components (StyleGAN2, and StyleGAN2-
+ADA for TensorFlow). Layouts: dense weights [in, out], convolutions [height, width, in, out], and
+those that upsample turned by 180 degrees; style biases stand there without the 1 they start from.
+StyleGAN (2018), ProGAN, configurations A to D of StyleGAN2 and its labels before ADA are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core._stand_ins import typed
+from core.errors import UserError
+
+_Layout = Callable[[np.ndarray], np.ndarray]
+_OLDEST_VERSION = 4
+"""Of the networks' own count; StyleGAN wrote 2 and 3."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorflowNetwork:
+    """What stands in for a Network: its state as data."""
+
+    state: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def function(self) -> str:
+        """Return the name of the function that builds it, such as "G_main"."""
+        return typed(self.state["build_func_name"], str)
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Return the arguments of that function, as they were given."""
+        return typed(self.state["static_kwargs"], dict)
+
+    @property
+    def module_source(self) -> str:
+        """Return the source that came with it, which must not run."""
+        return typed(self.state["build_module_src"], str)
+
+    def variables(self) -> dict[str, np.ndarray]:
+        """Return its variables and those of its components by name, float32.
+
+        Raises UserError where it is older than StyleGAN2 or its components have components.
+        """
+        version = typed(self.state["version"], int)
+        if version < _OLDEST_VERSION:
+            raise UserError(
+                f"its TensorFlow networks are of version {version}, from before StyleGAN2: "
+                f"expected {_OLDEST_VERSION} or later"
+            )
+        found = dict(_own_variables(self))
+        for prefix, component in typed(self.state.get("components", {}), dict).items():
+            below = typed(component, TensorflowNetwork)
+            if below.state.get("components"):
+                raise UserError(f"its TensorFlow network {prefix} is made of others, unlike any")
+            found.update((f"{prefix}/{name}", value) for name, value in _own_variables(below))
+        return found
+
+
+def _own_variables(network: TensorflowNetwork) -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in typed(network.state["variables"], list):
+        yield typed(name, str), np.asarray(value, dtype=np.float32)
+
+
+class Generator(NamedTuple):
+    """A generator as the PyTorch implementation would hold it."""
+
+    arguments: dict[str, object]
+    tensors: dict[str, Tensor]
+
+
+def generator(network: TensorflowNetwork) -> Generator:
+    """Return arguments and state dict of a StyleGAN2 generator in the published PyTorch names.
+
+    Raises UserError that names the first argument or variable with no place there.
+    """
+    arguments = _arguments(network.arguments)
+    tensors = {}
+    for name, value in network.variables().items():
+        if name == "lod" or (name.startswith("synthesis/noise") and not arguments["use_noise"]):
+            continue
+        key, layout = _place(name)
+        tensors[key] = torch.from_numpy(np.array(layout(value), order="C"))
+    return Generator(arguments, {**tensors, **_filters(tensors, arguments["resample_filter"])})
+
+
+# Arguments --------------------------------------------------------------------------------------
+
+
+_USUAL_TAPS = (1, 3, 3, 1)
+_DEFAULTS: dict[str, tuple[str, object]] = {
+    "latent_size": ("z_dim", 512),
+    "label_size": ("c_dim", 0),
+    "dlatent_size": ("w_dim", 512),
+    "resolution": ("img_resolution", 1024),
+    "num_channels": ("img_channels", 3),
+    "fmap_base": ("channel_base", 16384),
+    "fmap_max": ("channel_max", 512),
+    "num_fp16_res": ("num_fp16_res", 0),
+    "conv_clamp": ("conv_clamp", None),
+    "architecture": ("architecture", "skip"),
+    "resample_kernel": ("resample_filter", _USUAL_TAPS),
+    "use_noise": ("use_noise", True),
+    "nonlinearity": ("activation", "lrelu"),
+}
+"""TensorFlow's name of an argument -> PyTorch's, and the value where it was not given."""
+_MAPPING_DEFAULTS: dict[str, tuple[str, object]] = {
+    "mapping_layers": ("num_layers", 8),
+    "label_fmaps": ("embed_features", None),
+    "mapping_fmaps": ("layer_features", None),
+    "mapping_nonlinearity": ("activation", "lrelu"),
+    "mapping_lrmul": ("lr_multiplier", 0.01),
+    "w_avg_beta": ("w_avg_beta", 0.995),
+}
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("truncation_psi", "truncation_cutoff", "style_mixing_prob"),
+        *("structure", "conditioning", "fused_modconv"),
+    )
+)
+"""Arguments about sampling, training or speed."""
+
+
+def _arguments(given: Mapping[str, object]) -> dict[str, object]:
+    known = {*_DEFAULTS, *_MAPPING_DEFAULTS, *_WITHOUT_EFFECT}
+    for name in given:
+        if name not in known:
+            raise UserError(f"its TensorFlow generator has the argument {name!r}, unknown here")
+    found = {new: given.get(old, default) for old, (new, default) in _DEFAULTS.items()}
+    mapping = {new: given.get(old, default) for old, (new, default) in _MAPPING_DEFAULTS.items()}
+    found["channel_base"] = typed(found["channel_base"], int) * 2  # it counts from half the size
+    return {**found, "mapping_kwargs": mapping}
+
+
+# Variables --------------------------------------------------------------------------------------
+
+
+def _as_is(value: np.ndarray) -> np.ndarray:
+    return value
+
+
+def _dense(value: np.ndarray) -> np.ndarray:
+    return value.transpose(1, 0)
+
+
+def _convolution(value: np.ndarray) -> np.ndarray:
+    return value.transpose(3, 2, 0, 1)
+
+
+def _turned_convolution(value: np.ndarray) -> np.ndarray:
+    return value[::-1, ::-1].transpose(3, 2, 0, 1)
+
+
+def _style_bias(value: np.ndarray) -> np.ndarray:
+    return value + np.float32(1)
+
+
+def _noise(value: np.ndarray) -> np.ndarray:
+    return value[0, 0]
+
+
+def _constant(value: np.ndarray) -> np.ndarray:
+    return value[0]
+
+
+_LAYERS = {
+    "Conv": "conv1",
+    "Conv0_up": "conv0",
+    "Conv1": "conv1",
+    "ToRGB": "torgb",
+    "Skip": "skip",
+}
+_PARTS: dict[str, tuple[str, _Layout]] = {
+    "weight": ("weight", _convolution),
+    "bias": ("bias", _as_is),
+    "noise_strength": ("noise_strength", _as_is),
+    "mod_weight": ("affine.weight", _dense),
+    "mod_bias": ("affine.bias", _style_bias),
+}
+_UPSAMPLING = ("Conv0_up", "Skip")
+
+
+def _place(name: str) -> tuple[str, _Layout]:
+    """Return the published PyTorch name of a variable, and how its layout changes."""
+    if name == "dlatent_avg":
+        return "mapping.w_avg", _as_is
+    if found := re.fullmatch(r"mapping/(?:(LabelEmbed)|Dense(\d+))/(weight|bias)", name):
+        layer = "embed" if found[1] else f"fc{found[2]}"
+        return f"mapping.{layer}.{found[3]}", _dense if found[3] == "weight" else _as_is
+    if found := re.fullmatch(r"synthesis/noise(\d{1,2})", name):
+        index = int(found[1])  # 0 at 4x4, then two for each resolution
+        return f"synthesis.b{2 ** ((index + 5) // 2)}.conv{1 - index % 2}.noise_const", _noise
+    if name == "synthesis/4x4/Const/const":
+        return "synthesis.b4.const", _constant
+    if (found := re.fullmatch(r"synthesis/(\d+)x\1/(\w+)/(\w+)", name)) and (
+        found[2] in _LAYERS and found[3] in _PARTS
+    ):
+        part, layout = _PARTS[found[3]]
+        if layout is _convolution and found[2] in _UPSAMPLING:
+            layout = _turned_convolution
+        return f"synthesis.b{found[1]}.{_LAYERS[found[2]]}.{part}", layout
+    raise UserError(
+        f"its TensorFlow generator has the variable {name!r}: it is no StyleGAN2 of configuration "
+        "E or F, or StyleGAN2-ADA"
+    )
+
+
+def _filters(tensors: Mapping[str, Tensor], taps: object) -> dict[str, Tensor]:
+    """Return the low-pass filters, which TensorFlow does not keep with the weights.
+
+    Every block and convolution has one; those of the convolutions that keep their resolution go
+    unused, and are of the usual taps.
+    """
+    owners = (re.match(r"(synthesis\.b\d+)(\.(?:conv\d|skip))?", key) for key in tensors)
+    names = dict.fromkeys(name for match in owners if match for name in (match[1], match[0]))
+    return {
+        f"{name}.resample_filter": _filter(_USUAL_TAPS if name.endswith(".conv1") else taps)
+        for name in names
+    }
+
+
+def _filter(taps: object) -> Tensor:
+    """Return the filter of these taps with sum 1, a plane unless it is long."""
+    line = torch.as_tensor(np.asarray(taps, dtype=np.float32))
+    whole = line if line.ndim != 1 or len(line) >= 8 else torch.outer(line, line)
+    return whole / whole.sum()
