@@ -2,9 +2,9 @@
 StyleGAN). All resampling in the StyleGAN family is this operation.
 
 Here are its definition and the reference in plain PyTorch, differentiable to any order, which
-multiplies no stuffed zero and computes no dropped pixel: along one axis the whole operation is a
-banded matrix, and a filter that is an outer product is two of them. Native kernels do the same
-where the policy (backend.py) says so.
+multiplies no stuffed zero and computes no dropped pixel: with a separable filter the operation is
+one banded matrix along each axis, which is a matrix product. Native kernels do the same where the
+policy (backend.py) says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from custom_ops import _native
-from custom_ops._resampling import Resample, Resampling, resampling, separated
+from custom_ops._resampling import Resample, Resampling, resampling
 from custom_ops.backend import kernels_for
 
 _LONGEST_BLOCK = 256
@@ -66,23 +66,13 @@ def reference(x: Tensor, op: Resample) -> Tensor:
     if f is None and along_x[1:] == along_y[1:] == _IDENTITY:
         return x if gain == 1 else x * gain
     f = torch.ones(1, device=x.device, dtype=x.dtype) if f is None else f.to(x.dtype)
-    lines = separated(f) if f.ndim == 1 or _is_readable(f) else None
-    if lines is None:
-        taps = (f if flip_filter else f.flip((0, 1))) * gain
-        return _filter_plane(x, taps, along_x, along_y)
-    line_x, line_y = (line if flip_filter else line.flip(0) for line in lines)
-    line_x = line_x * gain
+    if f.ndim == 2:
+        return _filter_plane(x, (f if flip_filter else f.flip((0, 1))) * gain, along_x, along_y)
+    line_y = f if flip_filter else f.flip(0)
+    line_x = line_y * gain
     if along_x.up * along_y.down >= along_y.up * along_x.down:  # shrink first, grow last
         return _filter_lines(_filter_lines(x, line_y, along_y, axis=2), line_x, along_x, axis=3)
     return _filter_lines(_filter_lines(x, line_x, along_x, axis=3), line_y, along_y, axis=2)
-
-
-def _is_readable(f: Tensor) -> bool:
-    """Return whether a filter may be looked at: it is a number, neither trained nor traced, and
-    need not be waited for.
-    """
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(f) is not Tensor
-    return f.device.type == "cpu" and not f.requires_grad and not is_traced
 
 
 def _filter_lines(x: Tensor, taps: Tensor, along: Resampling, *, axis: int) -> Tensor:
@@ -134,8 +124,9 @@ def _multiply(x: Tensor, matrix: Tensor, *, axis: int) -> Tensor:
 
 
 def _filter_plane(x: Tensor, taps: Tensor, along_x: Resampling, along_y: Resampling) -> Tensor:
-    """Return x [N, C, H, W] resampled and correlated with taps [fh, fw] that are no outer
-    product.
+    """Return x [N, C, H, W] resampled and correlated with taps [fh, fw].
+
+    A transposed convolution stuffs no zeros, one with a stride computes no pixel that is dropped.
     """
     channels = x.shape[1]
     if along_x.up == along_y.up == 1:
