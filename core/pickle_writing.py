@@ -111,7 +111,10 @@ def _requests(
                     f"{path} has no tensor {name}: these weights are of another network"
                 )
             if id(there[key]) not in stored:
-                raise UserError(f"{path}: {name} is not kept as a torch storage there")
+                raise UserError(
+                    f"{path}: {name} is not kept as a torch storage there: TensorFlow's networks "
+                    "are not written back. Convert the file with the published legacy.py first"
+                )
             yield _Request(name, there[key], _as_there(tensor, there[key], name=name, path=path))
 
 

@@ -24,7 +24,8 @@ PSI = 0.6
 @pytest.fixture(scope="module", params=[0, 3], ids=["unconditional", "conditional"])
 def exported(request, tmp_path_factory) -> tuple[nn.Module, Path]:
     """Give a student in training, channels last, and its file."""
-    student = built(c_dim=request.param, conv_clamp=4.0, mapping={"num_layers": 2})
+    small = {"img_resolution": 8, "mapping": {"num_layers": 2}}
+    student = built(c_dim=request.param, conv_clamp=4.0, **small)
     student.mapping.w_avg.normal_(generator=torch.Generator().manual_seed(1))
     student.train().to(memory_format=torch.channels_last)
     path = tmp_path_factory.mktemp("onnx") / "student.onnx"

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_pickles
 import torch
@@ -285,6 +286,28 @@ def test_hostile_originals_are_refused(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["hostile.pkl"]
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_random_damage_never_escapes(write, tmp_path):
+    """A damaged original is copied with the new value or gives a UserError, and then no file."""
+    path, out = write({"G_ema": generator()}), tmp_path / "out.pkl"
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    copied = 0
+    for _ in range(100):
+        damaged = bytearray(content)
+        for position in random.integers(0, len(content), 2):
+            damaged[position] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            write_refined(path, out, {"G_ema": {"scale": torch.ones(5)}})
+        except UserError:
+            assert not out.exists()
+        else:
+            assert state(out)["scale"].tolist() == [1] * 5
+            out.unlink()
+            copied += 1
+    assert 0 < copied < 100
+
+
 def test_a_full_disk_leaves_the_old_file(write, tmp_path, monkeypatch):
     """Where the copy does not fit, an earlier one is whole and nothing else is left."""
     path, out = write({"G_ema": generator()}), tmp_path / "out.pkl"
@@ -354,6 +377,13 @@ def test_a_refined_student_goes_back_into_its_pickle(snapshot, tmp_path):
         assert torch.equal(loaded(*inputs(student)), expected)
         assert torch.equal(loaded.mapping.w_avg, student.mapping.w_avg)
     assert_equal(state(out, "D"), state(snapshot, "D"))
+
+
+def test_a_student_that_did_not_learn_gives_the_same_file(snapshot, tmp_path):
+    """Loading and writing back changes no byte."""
+    out = tmp_path / "same.pkl"
+    networks.save_refined(snapshot, out, generators.load(snapshot), records=("G_ema",))
+    assert out.read_bytes() == snapshot.read_bytes()
 
 
 def test_students_go_back_only_where_they_fit(snapshot, tmp_path):
