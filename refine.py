@@ -3,6 +3,7 @@
     python refine.py --gan                                    the embedded digits, on a laptop
     python refine.py --gan configs/gan/cifar10_uncond.yaml student.weights=mine.pkl training.seed=1
     torchrun --nproc_per_node=8 refine.py --gan …             the same on many GPUs
+    python refine.py --distill                                a one-step generator of the teacher
     python refine.py --resume runs/00000-mnist32              go on where a run stopped
     python refine.py --report runs/00000-mnist32              make its report again
 
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import click
 
@@ -39,7 +41,11 @@ from refinement.run import Run, finish, note_session, open_run, train
 from training import checkpoint, loop
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_RECIPE = ROOT / "configs" / "gan" / "mnist32.yaml"
+EMBEDDED = {
+    "gan": ROOT / "configs" / "gan" / "mnist32.yaml",
+    "distill": ROOT / "configs" / "distill" / "mnist32.yaml",
+}
+"""The recipe of a mode that is given none."""
 SCHEMA = ROOT / "configs" / "recipe.schema.json"
 _log = logging.getLogger("refine")
 
@@ -69,6 +75,12 @@ def _says(sentence: str) -> int:
 @click.option(
     "--gan", "mode", flag_value="gan", help="Refine a GAN: the embedded digits, or RECIPE."
 )
+@click.option(
+    "--distill",
+    "mode",
+    flag_value="distill",
+    help="Distil a teacher to one step: the embedded one, or RECIPE.",
+)
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
 @click.option(
     "--report",
@@ -97,13 +109,16 @@ def main(
     write_schema: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    """Refine a pretrained GAN against a pretrained diffusion model, and report before and after.
+    """Refine a pretrained GAN against a pretrained diffusion model, or distil the diffusion model
+    itself to one step, and report before and after.
 
     \b
     python refine.py --gan
         refines the embedded digit GAN in minutes, on a CPU
     python refine.py --gan RECIPE.yaml student.weights=mine.pkl training.seed=1
         refines yours; any setting of the recipe can be given as KEY.PATH=VALUE
+    python refine.py --distill
+        makes a one-step generator of the embedded diffusion model
     torchrun --nproc_per_node=8 refine.py --gan RECIPE.yaml
         the same on eight GPUs
     python refine.py --resume runs/00000-NAME
@@ -118,7 +133,9 @@ def main(
         return
     chosen = [choice for choice in (mode, resume, again) if choice is not None]
     if len(chosen) != 1:
-        raise UserError("give one of --gan, --resume RUN and --report RUN; --help explains them")
+        raise UserError(
+            "give one of --gan, --distill, --resume RUN and --report RUN; --help explains them"
+        )
     earlier = resume or again
     if earlier is not None:
         if arguments:
@@ -129,15 +146,15 @@ def main(
         recipe = read_recipe(folder.recipe)
     else:
         folder = None
-        recipe = _recipe_of(arguments)
+        recipe = _recipe_of(cast(str, mode), arguments)
     if dry_run:
         click.echo(_plan(recipe))
         return
     _work(recipe, folder, outdir=outdir, training=again is None)
 
 
-def _recipe_of(arguments: Sequence[str]) -> Recipe:
-    """Return the recipe of the command line: a file or the default, with overrides on top."""
+def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
+    """Return the recipe of the command line: a file or the mode's own, with overrides on top."""
     files = [argument for argument in arguments if "=" not in argument]
     if len(files) > 1:
         raise UserError(
@@ -145,7 +162,13 @@ def _recipe_of(arguments: Sequence[str]) -> Recipe:
             "then settings of the form key.path=value"
         )
     overrides = [argument for argument in arguments if "=" in argument]
-    return read_recipe(Path(found(files[0])) if files else DEFAULT_RECIPE, overrides)
+    recipe = read_recipe(Path(found(files[0])) if files else EMBEDDED[mode], overrides)
+    distils = recipe.student.family == "one_step_edm"
+    if distils != (mode == "distill"):
+        right = "--distill" if distils else "--gan"
+        family = recipe.student.family or "GAN"
+        raise UserError(f"the student of this recipe is a {family}: run it with {right}")
+    return recipe
 
 
 def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: bool) -> None:

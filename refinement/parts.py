@@ -20,6 +20,7 @@ from core.protocols import Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
 from eval import features, reference, samples
+from generators import one_step_edm
 from refinement.recipe import NetworkSection, Recipe, family_config
 from teachers import sampling
 
@@ -57,8 +58,8 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
     other.
     """
     with distributed.main_first(world):
-        student = _network("generators", recipe.student, seed=recipe.training.seed)
         teacher = _network("teachers", recipe.teacher, seed=recipe.training.seed)
+        student = _student(recipe.student, teacher, seed=recipe.training.seed)
         _check_fit(student, teacher)
         extractor = _load_extractor(recipe.evaluation, student, world)
         real = _statistics(recipe.evaluation.reference, student, extractor)
@@ -73,6 +74,15 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         backend.choose(recipe.kernels),
         teacher_samples,
     )
+
+
+def _student(section: NetworkSection, teacher: nn.Module, *, seed: int) -> nn.Module:
+    """Return the student of a recipe; one that is to begin as the teacher is a copy of it."""
+    if section.config is not None and section.family == "one_step_edm":
+        settings = cast(one_step_edm.Config, family_config("generators", section))
+        if settings.network is None:
+            return one_step_edm.from_teacher(teacher, settings)
+    return _network("generators", section, seed=seed)
 
 
 def _network(folder: str, section: NetworkSection, *, seed: int) -> nn.Module:

@@ -68,7 +68,7 @@ SETTINGS = {
     "neither": (["teacher.config="], ["teacher", "either weights"]),
     "a name that is no folder": (["name=a/b"], ["'a/b'", "letters, digits"]),
     "no such device": (["device=tpu"], ["'tpu'", "cpu"]),
-    "no native kernels": (["kernels=native"], ["native", "reference"]),
+    "no such kernels": (["kernels=cuda"], ["kernels", "native", "reference"]),
     "a key through a number": (
         ["training.batch_size.x=1"],
         ["training.batch_size", "not a section"],
