@@ -179,7 +179,7 @@ def _storage_change(
     if storage.position is None or not _lies_at(path, storage.position, storage.values):
         raise UserError(
             f"{path}: the values of {next(iter(changed))} do not stand there as they are in memory "
-            "(pickle protocol 2, or a big-endian machine): this file cannot be written back"
+            "(in pickle protocol 2 they are text): this file cannot be written back"
         )
     values = storage.values.clone()
     for use in changed.values():

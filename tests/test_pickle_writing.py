@@ -2,10 +2,12 @@
 
 import errno
 import io
+import itertools
 import os
 import pickle
+import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -201,15 +203,21 @@ def test_views_of_one_storage_change_together(write, tmp_path):
     assert state(out)["b"].tolist() == [2, 3, 4, 5]
 
 
+def reads_of(storage: object, *, tail: bytes = b"") -> Iterator[Reduced]:
+    """Yield calls that read the same torch.save, each of its own; more bytes may follow it."""
+    buffer = io.BytesIO()
+    torch.save(storage, buffer, _use_new_zipfile_serialization=False)
+    content = buffer.getvalue() + tail
+    while True:
+        yield Reduced(torch.storage._load_from_bytes, (content,))
+
+
 @pytest.mark.parametrize("kind", ["storage", "bytes"])
 def test_what_another_network_shares_is_refused(write, tmp_path, kind):
     """D keeps its values: where G would change them with its own, nothing is written."""
     one = other = flat_storage(4)
-    if kind == "bytes":  # one torch.save, read twice
-        buffer = io.BytesIO()
-        torch.save(one, buffer, _use_new_zipfile_serialization=False)
-        content = buffer.getvalue()
-        one, other = (Reduced(torch.storage._load_from_bytes, (content,)) for _ in range(2))
+    if kind == "bytes":
+        one, other = itertools.islice(reads_of(one), 2)
     both = {name: Viewer(a=(s, 0, (4,), (1,))) for name, s in (("G", one), ("D", other))}
     path, out = write(both), tmp_path / "out.pkl"
     with pytest.raises(UserError, match=r"D\.a and G\.a share values there"):
@@ -275,6 +283,29 @@ def test_values_that_do_not_stand_in_the_file_are_refused(write, tmp_path):
     path = write({"G_ema": generator()}, protocol=2)
     with pytest.raises(UserError, match=r"values of G_ema\.\S+ do not stand there .*protocol 2"):
         write_refined(path, tmp_path / "out.pkl", {"G_ema": shifted(state(path))})
+
+
+def test_values_that_are_not_last_are_refused(write, tmp_path):
+    """Bytes after a storage's values, which torch ignores, would be taken for values."""
+    (storage,) = itertools.islice(reads_of(flat_storage(4), tail=b"1234"), 1)
+    path = write({"G_ema": Viewer(a=(storage, 0, (4,), (1,)))})
+    assert state(path)["a"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match=r"values of G_ema\.a do not stand there"):
+        write_refined(path, tmp_path / "out.pkl", {"G_ema": {"a": torch.ones(4)}})
+
+
+def test_a_copy_that_reads_otherwise_does_not_appear(write, tmp_path, monkeypatch):
+    """The copy is read again: where D came out other than it went in, there is no copy."""
+    path, out = write({"G_ema": generator(), "D": Layer(2)}), tmp_path / "out.pkl"
+    content = bytearray(path.read_bytes())
+    at = content.index(
+        state(path, "D")["weight"].permute(0, 2, 3, 1).contiguous().numpy().tobytes()
+    )
+    content[at] ^= 1
+    monkeypatch.setattr(shutil, "copyfile", lambda _, to: Path(to).write_bytes(content))
+    with pytest.raises(AssertionError):
+        write_refined(path, out, {"G_ema": shifted(state(path))})
+    assert sorted(os.listdir(tmp_path)) == ["original.pkl"]
 
 
 def test_hostile_originals_are_refused(tmp_path):
