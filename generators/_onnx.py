@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from core import networks
 from core.errors import UserError
 from core.run_folder import atomic_write
 from custom_ops import backend
@@ -45,6 +47,8 @@ def export_onnx(student: nn.Module, path: str | Path, *, truncation: float = 1.0
         raise UserError(
             f"ONNX export needs {', '.join(missing)}: run `pip install {' '.join(missing)}`"
         )
+    if truncation != 1 and "truncation" not in inspect.signature(student.forward).parameters:
+        raise UserError(f"a {networks.family_of(student)} student has no truncation: expected 1")
     fixed = _Fixed(student, truncation).cpu().eval().requires_grad_(False)
     model = _converted(fixed)
     with atomic_write(Path(path)) as partial:
@@ -113,7 +117,7 @@ def _converted(fixed: _Fixed) -> ModelProto:
 
 
 def _describe(model: ModelProto, fixed: _Fixed) -> None:
-    family = type(fixed.student).__module__.rpartition(".")[2]
+    family = networks.family_of(fixed.student)
     model.producer_name = "gan-refinement-toolkit"
     for key, value in {"family": family, "truncation": repr(float(fixed.truncation))}.items():
         model.metadata_props.add(key=key, value=value)

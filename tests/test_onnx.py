@@ -11,8 +11,9 @@ from torch import nn
 
 from core.errors import UserError
 from custom_ops import backend
-from generators import _onnx
+from generators import _onnx, one_step_edm
 from generators._onnx import export_onnx
+from teachers import gaussian
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in _onnx._PACKAGES),
@@ -108,6 +109,15 @@ def test_a_file_that_makes_other_images_does_not_appear(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="its images differ from PyTorch's by nan"):
         export_onnx(built(mapping={"num_layers": 1}, img_resolution=4), tmp_path / "student.onnx")
     assert not any(tmp_path.iterdir())
+
+
+@needs_onnx
+def test_a_student_without_truncation_takes_none(tmp_path):
+    """Where a family has no psi, any but 1 is refused by the family's name."""
+    denoiser = gaussian.build(gaussian.Config(image_shape=(1, 4, 4)))
+    student = one_step_edm.OneStepEDM(denoiser, config=one_step_edm.Config())
+    with pytest.raises(UserError, match="a one_step_edm student has no truncation: expected 1"):
+        export_onnx(student, tmp_path / "student.onnx", truncation=0.5)
 
 
 @pytest.mark.parametrize("missing", _onnx._PACKAGES)
