@@ -62,7 +62,7 @@ def _library(architecture: str | None) -> Library | str:
             with _locked(path.with_suffix(".lock")):
                 if not path.exists():  # another process may have been first
                     _build(path, architecture)
-        return _declared(ctypes.CDLL(str(path)))
+        return declared(ctypes.CDLL(str(path)))
     except Unavailable as reason:
         return str(reason)
     except OSError as error:
@@ -191,7 +191,7 @@ def _first_complaint(error: Exception) -> str:
     return (complaints or lines or [type(error).__name__])[0][:300]
 
 
-def _declared(found: Library) -> Library:
+def declared(found: Library) -> Library:
     """Return the library with the types of its functions, which return a message or null."""
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     arguments = {
@@ -204,4 +204,5 @@ def _declared(found: Library) -> Library:
             with suppress(AttributeError):  # half precision is for GPUs
                 function = getattr(found, f"{operation}_{suffix}")
                 function.argtypes, function.restype = types, ctypes.c_char_p
+    found.slopes_size.argtypes, found.slopes_size.restype = [pointer] * 2, integer
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import nullcontext
-from math import lcm, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -91,14 +91,6 @@ class FilteredLrelu(NamedTuple):
         """Return the operation that takes gradients back, given the slopes."""
         return FilteredLrelu(self.down.transposed(), self.up.transposed(), self.lrelu)
 
-    def slopes_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Return the shape of the slopes of x: a byte for each sample of the upsampled image, each
-        row in its polyphase components.
-        """
-        period = lcm(self.up.along_x.up, self.down.along_x.down)
-        places = -(-self.up.along_x.out_size // period)
-        return (*x.shape[:2], self.up.along_y.out_size, period, places)
-
 
 def filtered_lrelu(kernels: Library, x: Tensor, b: Tensor | None, op: FilteredLrelu) -> Tensor:
     """Return `filtered_lrelu` of x [N, C, H, W] and b [C], in the memory layout of x."""
@@ -114,7 +106,8 @@ class _FilteredLrelu(Function):
         x = x.contiguous(memory_format=ctx.layout)
         slopes = None
         if any(ctx.needs_input_grad[:2]):
-            slopes = torch.empty(op.slopes_shape(x), dtype=torch.uint8, device=x.device)
+            size = kernels.slopes_size(_batch(x, ctx.layout), _axes(op.up, op.down))
+            slopes = torch.empty(size, dtype=torch.uint8, device=x.device)
             ctx.save_for_backward(slopes)
         b = None if b is None else b.to(x.dtype).contiguous()
         return _run_filtered_lrelu(kernels, x, b, slopes, op, ctx.layout, backward=False)

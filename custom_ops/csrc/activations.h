@@ -1,7 +1,7 @@
 // Activations and their derivatives, one sample at a time, the same on a CPU and on a GPU.
 #pragma once
 
-#include <cmath>
+#include <math.h>  // with overloads for float, which <cmath> keeps in std
 
 #include "geometry.h"
 

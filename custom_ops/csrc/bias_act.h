@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activations.h"
+#include "numbers.h"
 
 namespace custom_ops {
 
@@ -24,6 +25,44 @@ struct BiasAct {
     }
     // a clipped value stands at the limit
     return (seen >= clamp) | (seen <= -clamp) ? T(0) : gain * derivative<act>(seen / gain, alpha);
+  }
+};
+
+// Samples that are read, computed and written together.
+template <class S, int kSize>
+struct alignas(sizeof(S) * kSize) Pack {
+  S at[kSize];
+};
+
+// What each GPU thread does: y = value(x + bias), or y = x * slope(seen + bias) where x is a
+// gradient. All are [outer, channels, inner] in memory; a pack lies within one channel, or is of
+// neighbouring channels (inner 1). emulated.cpp runs it on a CPU.
+template <class S, class T, class Int, int kSize>
+struct BiasActPacks {
+  using Samples = Pack<S, kSize>;
+
+  const S *x, *seen, *bias;
+  S* y;
+  Int packs, channels, inner;
+  BiasAct<T> math;
+
+  template <Activation act>
+  BOTH_SIDES void run(Int thread, Int threads) const {
+    for (Int pack = thread; pack < packs; pack += threads) {
+      const Samples in = reinterpret_cast<const Samples*>(x)[pack];
+      const Samples known = seen ? reinterpret_cast<const Samples*>(seen)[pack] : in;
+      const Int channel = pack * kSize / inner % channels;
+      Samples out;
+CUSTOM_OPS_UNROLL
+      for (int i = 0; i < kSize; ++i) {
+        const T b = bias ? to_number(bias[channel + (inner == 1 ? i : 0)]) : T(0);
+        const T u = to_number(known.at[i]) + b;
+        const T result = seen ? to_number(in.at[i]) * math.template slope<act>(u)
+                              : math.template value<act>(u);
+        out.at[i] = from_number<S>(result);
+      }
+      reinterpret_cast<Samples*>(y)[pack] = out;
+    }
   }
 };
 

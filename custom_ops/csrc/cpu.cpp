@@ -11,6 +11,7 @@
 
 #include "activations.h"
 #include "bias_act.h"
+#include "exports.h"
 #include "geometry.h"
 #include "rows.h"
 
@@ -241,63 +242,50 @@ struct BiasActPass {
   }
 };
 
-template <class T>
-const char* bias_act(const T* x, const T* seen, const T* bias, T* y, int64_t outer,
-                     int64_t channels, int64_t inner, int64_t activation, double alpha,
-                     double gain, double clamp, int64_t threads) {
-  const BiasAct<T> math{T(alpha), T(gain), T(clamp)};
-  const BiasActPass<T> pass{x, seen, bias, y, outer, channels, inner, math};
-  CUSTOM_OPS_FOR_ACTIVATION(static_cast<Activation>(activation), pass.template run<kAct>(threads));
-  return nullptr;
-}
-
-// along: x, y.
-template <class T>
-const char* upfirdn2d(const T* x, T* y, const Batch* batch, const Axis* along,
-                      const Filter<T>* filter, int64_t threads) {
-  run(Upfirdn2d<T>{x, y, along[0], along[1], *filter}, *batch, along[1].out, threads);
-  return nullptr;
-}
-
-// along: up x, up y, down x, down y. filters: up, down.
-template <class T>
-const char* filtered_lrelu(const T* x, const T* bias, T* y, uint8_t* slopes, int64_t backward,
-                           const Batch* batch, const Axis* along, const Filter<T>* filters,
-                           double gain, double slope, double clamp, int64_t threads) {
-  const LeakyRelu<T> lrelu{T(gain), T(gain * slope), T(clamp)};
-  const FilteredLrelu<T> op{x, bias, y, slopes, backward != 0, along[0], along[1], along[2],
-                            along[3], filters[0], filters[1], lrelu};
-  run(op, *batch, op.down_y.out, threads);
-  return nullptr;
-}
-
 }  // namespace
-}  // namespace custom_ops
 
-using custom_ops::Axis;
-using custom_ops::Batch;
-using custom_ops::Filter;
+// A byte for each sample of the upsampled images, each row in its components.
+int64_t slopes_size(const Batch& batch, const Axis* along) {
+  const int64_t period = std::lcm(along[0].up, along[2].down);
+  const int64_t row = period * ceil_divide(along[0].out, period);
+  return batch.count * batch.channels * along[1].out * row;
+}
 
-#define EXPORT(T, suffix)                                                                         \
-  extern "C" const char* bias_act_##suffix(                                                       \
-      const T* x, const T* seen, const T* bias, T* y, int64_t outer, int64_t channels,            \
-      int64_t inner, int64_t activation, double alpha, double gain, double clamp,                 \
-      int64_t threads) {                                                                          \
-    return custom_ops::bias_act(x, seen, bias, y, outer, channels, inner, activation, alpha,      \
-                                gain, clamp, threads);                                            \
-  }                                                                                               \
-  extern "C" const char* upfirdn2d_##suffix(const T* x, T* y, const Batch* batch,                 \
-                                            const Axis* along, const Filter<T>* filter,           \
-                                            int64_t threads) {                                    \
-    return custom_ops::upfirdn2d(x, y, batch, along, filter, threads);                            \
-  }                                                                                               \
-  extern "C" const char* filtered_lrelu_##suffix(                                                 \
-      const T* x, const T* bias, T* y, uint8_t* slopes, int64_t backward, const Batch* batch,     \
-      const Axis* along, const Filter<T>* filters, double gain, double slope, double clamp,       \
-      int64_t threads) {                                                                          \
-    return custom_ops::filtered_lrelu(x, bias, y, slopes, backward, batch, along, filters, gain,  \
-                                      slope, clamp, threads);                                     \
+// S and T are the same: a CPU computes with what it stores.
+template <class S, class T>
+struct Kernels {
+  static const char* bias_act(const S* x, const S* seen, const S* bias, S* y, int64_t outer,
+                              int64_t channels, int64_t inner, int64_t activation, double alpha,
+                              double gain, double clamp, int64_t threads) {
+    const BiasAct<T> math{T(alpha), T(gain), T(clamp)};
+    const BiasActPass<T> pass{x, seen, bias, y, outer, channels, inner, math};
+    CUSTOM_OPS_FOR_ACTIVATION(static_cast<Activation>(activation),
+                              pass.template run<kAct>(threads));
+    return nullptr;
   }
 
-EXPORT(float, f32)
-EXPORT(double, f64)
+  // along: x, y.
+  static const char* upfirdn2d(const S* x, S* y, const Batch* batch, const Axis* along,
+                               const Filter<T>* filter, int64_t threads) {
+    run(Upfirdn2d<T>{x, y, along[0], along[1], *filter}, *batch, along[1].out, threads);
+    return nullptr;
+  }
+
+  // along: up x, up y, down x, down y. filters: up, down.
+  static const char* filtered_lrelu(const S* x, const S* bias, S* y, uint8_t* slopes,
+                                    int64_t backward, const Batch* batch, const Axis* along,
+                                    const Filter<T>* filters, double gain, double slope,
+                                    double clamp, int64_t threads) {
+    const LeakyRelu<T> lrelu{T(gain), T(gain * slope), T(clamp)};
+    const FilteredLrelu<T> op{x, bias, y, slopes, backward != 0, along[0], along[1], along[2],
+                              along[3], filters[0], filters[1], lrelu};
+    run(op, *batch, op.down_y.out, threads);
+    return nullptr;
+  }
+};
+
+}  // namespace custom_ops
+
+CUSTOM_OPS_EXPORT_SLOPES
+CUSTOM_OPS_EXPORT(float, float, f32)
+CUSTOM_OPS_EXPORT(double, double, f64)

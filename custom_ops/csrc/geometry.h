@@ -5,8 +5,10 @@
 
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__ __forceinline__
+#define CUSTOM_OPS_UNROLL _Pragma("unroll")
 #else
 #define BOTH_SIDES inline
+#define CUSTOM_OPS_UNROLL
 #endif
 
 namespace custom_ops {

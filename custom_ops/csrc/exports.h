@@ -1,0 +1,40 @@
+// The C interface of a library of kernels. `where`: threads of the CPU, or a CUDA stream. A message
+// is returned where a kernel could not run, else null.
+#pragma once
+
+#include <cstdint>
+
+#include "geometry.h"
+
+using custom_ops::Axis;
+using custom_ops::Batch;
+using custom_ops::Filter;
+
+// The includer defines custom_ops::Kernels<S, T> with these functions.
+// S: as samples are stored. T: as they are computed with.
+#define CUSTOM_OPS_EXPORT(S, T, suffix)                                                           \
+  extern "C" const char* bias_act_##suffix(                                                       \
+      const S* x, const S* seen, const S* bias, S* y, int64_t outer, int64_t channels,            \
+      int64_t inner, int64_t activation, double alpha, double gain, double clamp,                 \
+      int64_t where) {                                                                            \
+    return custom_ops::Kernels<S, T>::bias_act(x, seen, bias, y, outer, channels, inner, activation, alpha,\
+                                gain, clamp, where);                                              \
+  }                                                                                               \
+  extern "C" const char* upfirdn2d_##suffix(const S* x, S* y, const Batch* batch,                 \
+                                            const Axis* along, const Filter<T>* filter,           \
+                                            int64_t where) {                                      \
+    return custom_ops::Kernels<S, T>::upfirdn2d(x, y, batch, along, filter, where);               \
+  }                                                                                               \
+  extern "C" const char* filtered_lrelu_##suffix(                                                 \
+      const S* x, const S* bias, S* y, uint8_t* slopes, int64_t backward, const Batch* batch,     \
+      const Axis* along, const Filter<T>* filters, double gain, double slope, double clamp,       \
+      int64_t where) {                                                                            \
+    return custom_ops::Kernels<S, T>::filtered_lrelu(x, bias, y, slopes, backward, batch, along, filters, gain,\
+                                      slope, clamp, where);                                       \
+  }
+
+// Bytes that filtered_lrelu notes in its forward pass.
+#define CUSTOM_OPS_EXPORT_SLOPES                                                                  \
+  extern "C" int64_t slopes_size(const Batch* batch, const Axis* along) {                         \
+    return custom_ops::slopes_size(*batch, along);                                                \
+  }
