@@ -70,17 +70,19 @@ def read(path: str | Path) -> SavedNetwork | PublishedPickle:
     Raises UserError where the file is missing, damaged, or neither of the two kinds.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(512)
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    start = _start(path)
     if _is_safetensors(start):
         return _read_saved(path)
-    if start[:1] == b"\x80" and not start.startswith(_TORCH_SAVE):
+    if _is_pickle(start):
         return _read_pickle(path)
-    raise UserError(f"{path} {_what_else(start, size)}")
+    raise UserError(f"{path} {_what_else(start, path.stat().st_size)}")
+
+
+def is_pickle(path: str | Path) -> bool:
+    """Return whether a file begins like a published pickle, of which a copy can carry a refined
+    network (`networks.save_refined`). Raises UserError where it cannot be read.
+    """
+    return _is_pickle(_start(Path(path)))
 
 
 def _read_pickle(path: Path) -> PublishedPickle:
@@ -125,6 +127,18 @@ def _in_order(content: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _is_pickle(start: bytes) -> bool:
+    return start[:1] == b"\x80" and not start.startswith(_TORCH_SAVE)
 
 
 def _is_safetensors(start: bytes) -> bool:

@@ -70,6 +70,7 @@ def test_tensors_come_back_exactly(saved):
 def test_family_config_and_provenance_come_back(saved):
     """What was said about the network is said again, as JSON data."""
     network = weights.read(saved)
+    assert not weights.is_pickle(saved)
     assert (network.family, network.config) == ("stylegan2", CONFIG)
     assert network.provenance == {"kimg": 5}
 
@@ -106,7 +107,7 @@ def test_tied_tensors_are_saved_one_by_one(tmp_path):
 def test_a_pickle_is_recognised_by_content(published):
     """A published pickle is one whatever its name says, and gives its networks by name."""
     network = weights.read(published)
-    assert isinstance(network, weights.PublishedPickle)
+    assert weights.is_pickle(published) and isinstance(network, weights.PublishedPickle)
     assert network.beside == ("training_set_kwargs",)
     record = network.record("G_ema")
     assert (record.class_name, record.arguments) == ("Generator", {"z_dim": 8})
