@@ -44,9 +44,9 @@ struct BiasActPacks {
   const S *x, *seen, *bias;
   S* y;
   Int packs, channels, inner;
+  Activation activation;
   BiasAct<T> math;
 
-  template <Activation act>
   BOTH_SIDES void run(Int thread, Int threads) const {
     for (Int pack = thread; pack < packs; pack += threads) {
       const Samples in = reinterpret_cast<const Samples*>(x)[pack];
@@ -57,9 +57,10 @@ CUSTOM_OPS_UNROLL
       for (int i = 0; i < kSize; ++i) {
         const T b = bias ? to_number(bias[channel + (inner == 1 ? i : 0)]) : T(0);
         const T u = to_number(known.at[i]) + b;
-        const T result = seen ? to_number(in.at[i]) * math.template slope<act>(u)
-                              : math.template value<act>(u);
-        out.at[i] = from_number<S>(result);
+        T result = 0;
+        CUSTOM_OPS_FOR_ACTIVATION(activation, result = seen ? math.template slope<kAct>(u)
+                                                            : math.template value<kAct>(u));
+        out.at[i] = from_number<S>(seen ? to_number(in.at[i]) * result : result);
       }
       reinterpret_cast<Samples*>(y)[pack] = out;
     }

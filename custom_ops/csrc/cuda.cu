@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const __grid_constant__ 
   run_phases<0>(op, reinterpret_cast<T*>(shared));
 }
 
-template <Activation act, class Op, class Int>
+template <class Op, class Int>
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Op op, Int threads) {
-  op.template run<act>(static_cast<Int>(blockIdx.x) * kThreads + threadIdx.x, threads);
+  op.run(static_cast<Int>(blockIdx.x) * kThreads + threadIdx.x, threads);
 }
 
 const char* message(cudaError_t error) {
@@ -54,7 +54,6 @@ struct LaunchTiles {
 };
 
 struct LaunchPacks {
-  Activation activation;
   cudaStream_t stream;
 
   template <class S, class T, class Int, int kSize>
@@ -64,9 +63,7 @@ struct LaunchPacks {
     const int64_t wanted = (static_cast<int64_t>(op.packs) + kThreads - 1) / kThreads;
     const int64_t blocks = std::min(wanted, kEnoughBlocks);
     const Int threads = static_cast<Int>(blocks * kThreads);
-    CUSTOM_OPS_FOR_ACTIVATION(
-        activation, pack_kernel<kAct, Op, Int>
-                    <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(op, threads));
+    pack_kernel<Op, Int><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(op, threads);
     return message(cudaGetLastError());
   }
 };
@@ -81,8 +78,8 @@ struct Kernels {
                               int64_t channels, int64_t inner, int64_t activation, double alpha,
                               double gain, double clamp, int64_t where) {
     const BiasAct<T> math{T(alpha), T(gain), T(clamp)};
-    const LaunchPacks launch{static_cast<Activation>(activation), stream_of(where)};
-    return launch_bias_act<S, T>(x, seen, bias, y, outer, channels, inner, math, launch);
+    return launch_bias_act<S, T>(x, seen, bias, y, outer, channels, inner, activation, math,
+                                 LaunchPacks{stream_of(where)});
   }
 
   static const char* upfirdn2d(const S* x, S* y, const Batch* batch, const Axis* along,

@@ -29,12 +29,9 @@ struct EmulateTiles {
 };
 
 struct EmulatePacks {
-  Activation activation;
-
   template <class Op>
   const char* operator()(const Op& op) const {
-    for (int thread = 0; thread < kThreads; ++thread)
-      CUSTOM_OPS_FOR_ACTIVATION(activation, op.template run<kAct>(thread, kThreads));
+    for (int thread = 0; thread < kThreads; ++thread) op.run(thread, kThreads);
     return nullptr;
   }
 };
@@ -47,8 +44,8 @@ struct Kernels {
                               int64_t channels, int64_t inner, int64_t activation, double alpha,
                               double gain, double clamp, int64_t) {
     const BiasAct<T> math{T(alpha), T(gain), T(clamp)};
-    return launch_bias_act<S, T>(x, seen, bias, y, outer, channels, inner, math,
-                                 EmulatePacks{static_cast<Activation>(activation)});
+    return launch_bias_act<S, T>(x, seen, bias, y, outer, channels, inner, activation,
+                                 math, EmulatePacks());
   }
 
   static const char* upfirdn2d(const S* x, S* y, const Batch* batch, const Axis* along,

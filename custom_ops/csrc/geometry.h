@@ -5,9 +5,13 @@
 
 #ifdef __CUDACC__
 #define BOTH_SIDES __host__ __device__ __forceinline__
-#define CUSTOM_OPS_UNROLL _Pragma("unroll")
 #else
 #define BOTH_SIDES inline
+#endif
+
+#ifdef __CUDA_ARCH__
+#define CUSTOM_OPS_UNROLL _Pragma("unroll")
+#else
 #define CUSTOM_OPS_UNROLL
 #endif
 

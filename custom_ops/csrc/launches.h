@@ -123,10 +123,10 @@ const char* launch_filtered_lrelu(const FilteredLreluArguments<S, T>& a, const L
   });
 }
 
-// launch(op, activation) for packs of 16 bytes where the shape and the addresses allow it.
+// Launch with packs of 16 bytes where the shape and the addresses allow it.
 template <class S, class T, class Launch>
 const char* launch_bias_act(const S* x, const S* seen, const S* bias, S* y, int64_t outer,
-                     int64_t channels, int64_t inner, const BiasAct<T>& math,
+                     int64_t channels, int64_t inner, int64_t activation, const BiasAct<T>& math,
                      const Launch& launch) {
   constexpr int size = 16 / sizeof(S);
   const int64_t samples = outer * channels * inner;
@@ -139,7 +139,8 @@ const char* launch_bias_act(const S* x, const S* seen, const S* bias, S* y, int6
     const Int packs = static_cast<Int>(samples / kSize);
     return launch(BiasActPacks<S, T, Int, kSize>{x, seen, bias, y, packs,
                                                  static_cast<Int>(channels),
-                                                 static_cast<Int>(inner), math});
+                                                 static_cast<Int>(inner),
+                                                 static_cast<Activation>(activation), math});
   };
   using Wide = std::integral_constant<int, size>;
   using Single = std::integral_constant<int, 1>;
