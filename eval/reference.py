@@ -99,6 +99,26 @@ def measure(images: Images, extractor: Extractor, *, batch_size: int = 250) -> R
     )
 
 
+def of_samples(
+    made: FeatureStatistics,
+    *,
+    source: str,
+    extractor: Extractor,
+    shape: tuple[int, int, int],
+) -> Reference:
+    """Return generated images' statistics as a reference; there are no files that have a hash."""
+    return Reference(
+        mean=made.mean.cpu(),
+        covariance=made.covariance.cpu(),
+        source=source,
+        sha256="",
+        images=made.count,
+        image_shape=shape,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+    )
+
+
 def save_npz(path: str | Path, reference: Reference) -> None:
     """Write a reference: mu and sigma under their usual names, all else as JSON under `meta`."""
     meta = {name: getattr(reference, name) for name in _Meta.model_fields}

@@ -177,16 +177,9 @@ def _sampled(
         batch_size=settings.batch_size,
         world=world,
     )
-    return reference.Reference(
-        mean=made.mean.cpu(),
-        covariance=made.covariance.cpu(),
-        source="the teacher's own samples",
-        sha256="",
-        images=settings.images,
-        image_shape=parts.teacher.image_shape,
-        extractor=extractor.name,
-        extractor_sha256=extractor.sha256,
-    )
+    shape = parts.teacher.image_shape
+    source = "the teacher's own samples"
+    return reference.of_samples(made, source=source, extractor=extractor, shape=shape)
 
 
 def found(source: str) -> str:

@@ -1,9 +1,10 @@
 """The program that makes the embedded default from a zip of 32x32 digits: one command a part.
 
-    python -m assets.mnist32.make features DIGITS.zip     the feature network, and the accuracy it
-    reaches python -m assets.mnist32.make reference DIGITS.zip    statistics of the real digits, and
-    the floor python -m assets.mnist32.make student DIGITS.zip      the GAN, adversarially, and its
-    curve python -m assets.mnist32.make teacher DIGITS.zip      the diffusion model, and its curve
+    python -m assets.mnist32.make features DIGITS.zip    the feature network, and its accuracy
+    python -m assets.mnist32.make reference DIGITS.zip   statistics of the real digits, the floor
+    python -m assets.mnist32.make student DIGITS.zip     the GAN, adversarially, and its curve
+    python -m assets.mnist32.make teacher DIGITS.zip     the diffusion model, and its curve
+    python -m assets.mnist32.make teacher-samples        statistics of its samples
 
 `features` comes first, `reference` second: the others measure with them. Each writes its files
 beside this one. README.md says what was run and what came out.
@@ -15,12 +16,14 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import click
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import teachers
 from assets.mnist32 import adversarial, denoising
 from core import networks
 from core.run_folder import atomic_write
@@ -54,6 +57,7 @@ TEACHER = edm.Config(
     attn_resolutions=(8,),
     dropout=0.0,
 )
+IMAGE = (1, 32, 32)
 HELD_OUT = 1000
 """Digits that the feature network never sees: its accuracy is measured on them."""
 _source = click.argument("source", type=click.Path(exists=True, path_type=Path))
@@ -124,6 +128,22 @@ def make_teacher(source: Path, kimg: float, every_kimg: float) -> None:
     steps = denoising.train(teacher, images, labels, denoising.Settings(total_kimg=kimg))
     fid = _teacher_fid(count=1000)
     _keep_best("teacher", steps, fid, every_kimg=every_kimg)
+
+
+@main.command("teacher-samples")
+@click.option("--images", default=10_000, show_default=True, help="How many.")
+def make_teacher_samples(images: int) -> None:
+    """Sample the teacher with its 18 steps, and keep the statistics, for the reports."""
+    extractor = features.load("mnist32")
+    teacher = cast(nn.Module, teachers.load(HERE / "teacher.safetensors"))
+    images_of = teacher_images(teacher, heun, device="cpu")
+    made = generated_statistics(images_of, range(images), extractor, batch_size=100)
+    kept = reference.of_samples(
+        made, source="the embedded teacher", extractor=extractor, shape=IMAGE
+    )
+    reference.save_npz(HERE / "teacher-samples.npz", kept)
+    real = reference.read_npz(HERE / "reference.npz", extractor)
+    click.echo(f"FID of {images} samples of the teacher: {frechet_distance(made, real):.3f}")
 
 
 Steps = Iterator[tuple[int, nn.Module, dict[str, float]]]
