@@ -45,8 +45,7 @@ class Unavailable(Exception):
 
 def library(device: torch.device) -> Library:
     """Return the kernels for a device. Raises Unavailable, with the same reason each time."""
-    architecture = _gpu_architecture(device) if device.type == "cuda" else None
-    found = _library(architecture)
+    found = _library(_gpu_architecture(device) if device.type != "cpu" else None)
     if isinstance(found, str):
         raise Unavailable(found)
     return found
@@ -85,6 +84,10 @@ def library_path(architecture: str | None) -> Path:
 
 
 def _gpu_architecture(device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.hip:
+        raise Unavailable(f"there are none for {'ROCm' if torch.version.hip else device.type}")
+    if not torch.cuda.is_available():
+        raise Unavailable("there is no CUDA device here")
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
 
