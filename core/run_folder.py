@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "student.safetensors"
 
     @property
+    def refined_pickle(self) -> Path:
+        """Return the path of the user's own pickle with the refined weights in it."""
+        return self.path / "refined.pkl"
+
+    @property
     def teacher_samples(self) -> Path:
         """Return the path of the statistics of the teacher's own samples, where they were made."""
         return self.path / "teacher-samples.npz"

@@ -244,7 +244,8 @@ class StyledConvolution(nn.Module):
             up,
             config.use_noise,
         )
-        self.register_buffer("resample_filter", fir_filter(config.resample_filter))
+        taps = config.resample_filter if up == 2 else (1, 3, 3, 1)  # as published: set, never used
+        self.register_buffer("resample_filter", fir_filter(taps))
         self.affine = FullyConnected(config.w_dim, in_channels, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         if config.use_noise:

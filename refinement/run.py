@@ -19,9 +19,11 @@ from typing import cast
 
 from torch import nn
 
-from core import distributed, networks
+import generators
+from core import distributed, networks, weights
 from core.distributed import World
 from core.downloads import local_file, sha256_of
+from core.errors import UserError
 from core.protocols import Networks
 from core.run_folder import RunFolder, atomic_write
 from eval import pictures, report, samples
@@ -110,6 +112,7 @@ def finish(run: Run) -> report.Report:
             "images_seen": run.state.images_seen,
         }
         networks.save(run.folder.student, student, provenance=provenance)
+        _save_refined_pickle(run, student)
     _measured(run, "after", student)
     note_session(run)
     made = _report(run)
@@ -124,6 +127,22 @@ def finish(run: Run) -> report.Report:
         )
         report.write(run.folder.report, made, pairs)
     return made
+
+
+def _save_refined_pickle(run: Run, student: nn.Module) -> None:
+    """Where the student came in a published pickle, write that again with the refined weights."""
+    source = run.recipe.student.weights
+    original = None if source is None else local_file(found(source))
+    if original is None or not weights.is_pickle(original):
+        return
+    try:
+        written = generators.save_refined(original, run.folder.refined_pickle, student)
+    except UserError as error:
+        _log.warning("no refined.pkl: %s", error)
+        return
+    _log.info(
+        "%s: %s refined, all else as it was", run.folder.refined_pickle, " and ".join(written)
+    )
 
 
 def _meet_teacher(run: Run) -> None:

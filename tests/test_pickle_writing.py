@@ -8,18 +8,22 @@ import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import test_pickles
 import torch
+from click.testing import CliRunner
+from refine_command import call, tiny_recipe
 from test_generators import SMALL_ADA, Generator, built, inputs
 from test_generators import write as pickled
 from test_pickles import Layer, Persistent, Reduced, dump, generator, published_modules
 from torch import Tensor, nn
 
 import generators
+import generators.__main__ as command
 from core import networks, pickles
 from core.errors import UserError
 from core.pickle_writing import write_refined
@@ -431,3 +435,38 @@ def test_students_go_back_only_where_they_fit(snapshot, tmp_path):
     with pytest.raises(UserError, match="is in our own format"):
         networks.save_refined(tmp_path / "ours", out, student, records=("G_ema",))
     assert not out.exists()
+
+
+def test_a_run_on_a_pickle_ends_with_that_pickle_refined(snapshot, tmp_path):
+    """RUN/refined.pkl holds the weights of RUN/student.safetensors; the original is as it was."""
+    original = snapshot.read_bytes()
+    shape = list(generators.load(snapshot).image_shape)
+    outcome = call(
+        *("--gan", tiny_recipe(tmp_path), "--outdir", tmp_path / "runs"),
+        f"student={{weights: {snapshot}}}",
+        f"teacher.config={{image_shape: {shape}, components: 3, num_classes: 3}}",
+    )
+    assert outcome.code == 0, outcome.stderr
+    run = tmp_path / "runs" / "00000-tiny"
+    refined, ours = (
+        generators.load(run / "refined.pkl"),
+        generators.load(run / "student.safetensors"),
+    )
+    assert torch.equal(refined(*inputs(refined)), ours(*inputs(ours)))
+    assert not torch.equal(ours(*inputs(ours)), generators.load(snapshot)(*inputs(ours)))
+    assert snapshot.read_bytes() == original
+    assert "refined.pkl: G_ema and G refined" in outcome.stderr
+
+
+def test_the_command_takes_weights_back_into_a_pickle(snapshot, tmp_path):
+    """`python -m generators refined` says what it wrote, and refuses what is no pickle."""
+    student, ours, out = generators.load(snapshot), tmp_path / "ours", tmp_path / "out.pkl"
+    with torch.no_grad():
+        student.mapping.w_avg.add_(1)
+    networks.save(ours, student)
+    run = partial(CliRunner().invoke, command.main)
+    assert "G_ema and G refined" in run(["refined", str(snapshot), str(ours), str(out)]).output
+    assert torch.equal(generators.load(out).mapping.w_avg, student.mapping.w_avg)
+    refused = run(["refined", str(ours), str(ours), str(tmp_path / "none.pkl")]).exception
+    assert isinstance(refused, UserError) and "only a published pickle" in str(refused)
+    assert not (tmp_path / "none.pkl").exists()
