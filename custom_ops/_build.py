@@ -208,4 +208,5 @@ def declared(found: Library) -> Library:
                 function = getattr(found, f"{operation}_{suffix}")
                 function.argtypes, function.restype = types, ctypes.c_char_p
     found.slopes_size.argtypes, found.slopes_size.restype = [pointer] * 2, integer
+    found.takes_activation.argtypes, found.takes_activation.restype = [integer], integer
     return found

@@ -171,6 +171,12 @@ class BiasAct(NamedTuple):
     clamp: float
 
 
+def takes(kernels: Library, op: BiasAct) -> bool:
+    """Return whether there is a kernel for a bias_act, faster than plain PyTorch."""
+    tells_by_output = op.alpha >= 0 and op.gain > 0  # else its sign is not that of the input
+    return tells_by_output and bool(kernels.takes_activation(_ACTIVATIONS.index(op.act)))
+
+
 def bias_act(kernels: Library, x: Tensor, b: Tensor | None, op: BiasAct) -> Tensor:
     """Return `bias_act` of x and b [x.shape[dim]], in the memory layout of x."""
     return _BiasAct.apply(x, b, kernels, op)

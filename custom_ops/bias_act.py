@@ -65,8 +65,10 @@ def bias_act(
             f"bias has shape {tuple(b.shape)}, dimension {dim} of x has {x.shape[dim]}"
         )
     op = BiasAct(dim % x.ndim, act, alpha, gain, inf if clamp is None else clamp)
-    kernels = kernels_for(x) if alpha >= 0 and gain > 0 else None  # they tell u's sign by y's
-    return reference(x, b, op) if kernels is None else _native.bias_act(kernels, x, b, op)
+    kernels = kernels_for(x)
+    if kernels is None or not _native.takes(kernels, op):
+        return reference(x, b, op)
+    return _native.bias_act(kernels, x, b, op)
 
 
 def reference(x: Tensor, b: Tensor | None, op: BiasAct) -> Tensor:

@@ -250,7 +250,7 @@ def test_a_second_derivative_of_a_native_kernel_names_the_setting(operation):
     """It is an error that says what to set, not a wrong number."""
     x = torch.randn(1, 2, 6, 6, requires_grad=True)
     with backend.using("native"):
-        out = operation(x) if operation is filtered_lrelu else operation(x, act="tanh")
+        out = operation(x) if operation is filtered_lrelu else operation(x, act="lrelu")
         (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(UserError, match="kernels: reference"):
             gradient.sum().backward()

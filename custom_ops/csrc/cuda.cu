@@ -100,7 +100,7 @@ struct Kernels {
 
 }  // namespace custom_ops
 
-CUSTOM_OPS_EXPORT_SLOPES
+CUSTOM_OPS_EXPORT_ANSWERS
 CUSTOM_OPS_EXPORT(float, float, f32)
 CUSTOM_OPS_EXPORT(double, double, f64)
 CUSTOM_OPS_EXPORT(__half, float, f16)

@@ -66,6 +66,6 @@ struct Kernels {
 
 }  // namespace custom_ops
 
-CUSTOM_OPS_EXPORT_SLOPES
+CUSTOM_OPS_EXPORT_ANSWERS
 CUSTOM_OPS_EXPORT(float, float, f32)
 CUSTOM_OPS_EXPORT(double, double, f64)

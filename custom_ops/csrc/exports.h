@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "activations.h"
 #include "geometry.h"
 
 using custom_ops::Axis;
@@ -33,8 +34,11 @@ using custom_ops::Filter;
                                       slope, clamp, where);                                       \
   }
 
-// Bytes that filtered_lrelu notes in its forward pass.
-#define CUSTOM_OPS_EXPORT_SLOPES                                                                  \
+// Bytes that filtered_lrelu notes in its forward pass; whether bias_act takes an activation.
+#define CUSTOM_OPS_EXPORT_ANSWERS                                                                  \
   extern "C" int64_t slopes_size(const Batch* batch, const Axis* along) {                         \
     return custom_ops::slopes_size(*batch, along);                                                \
+  }                                                                                               \
+  extern "C" int64_t takes_activation(int64_t activation) {                                       \
+    return custom_ops::takes_activation(static_cast<custom_ops::Activation>(activation));         \
   }

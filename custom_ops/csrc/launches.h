@@ -72,6 +72,8 @@ const char* launch_upfirdn2d(const S* x, S* y, const Batch& batch, const Axis* a
   });
 }
 
+inline bool takes_activation(Activation) { return true; }
+
 // Two bits for each sample of the upsampled images, four rows to a byte.
 inline int64_t slopes_size(const Batch& batch, const Axis* along) {
   return batch.count * batch.channels * ceil_divide<int64_t>(along[1].out, kRun) * along[0].out;
