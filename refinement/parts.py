@@ -71,7 +71,7 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         plugins.load("objectives", recipe.objective.name).build(recipe.objective),
         extractor,
         real,
-        backend.choose(recipe.kernels),
+        backend.choose(recipe.kernels, world.device),
         teacher_samples,
     )
 
