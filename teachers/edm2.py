@@ -12,8 +12,8 @@ the step's angle: T uncorrelated Adam steps of size lr on weights of RMS 1 make 
 pass of train mode, and so does ours there. This project trains in eval mode, where a forward pass
 writes nothing: processes agree, several passes share one graph, and a resumed run is bitwise the
 same. For long runs at high rates `EDM2Denoiser.normalize_weights`, after each optimizer step, gives
-the published updates. Learning rates act on weights of RMS 1: published ones are about 1e-2, and
-1e-5 is 20 to 60 times slower here than for an EDM network.
+the published updates. Learning rates act on weights of RMS 1, and the published ones are about
+1e-2: one rate turns them sqrt(fan in) times slower than an EDM network's, of RMS 1/sqrt(fan in).
 """
 
 from __future__ import annotations
