@@ -21,7 +21,9 @@ from training import loop, state
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
-shipped = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+shipped = pytest.mark.parametrize(
+    "path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 
 
 def test_the_schema_is_that_of_the_recipe() -> None:
@@ -50,9 +52,19 @@ def test_a_recipe_names_the_schema_in_its_first_line(path: Path) -> None:
 @shipped
 def test_a_recipe_can_be_looked_at_without_its_files(path: Path) -> None:
     """--dry-run reads the recipe and needs none of what it names."""
-    outcome = call("--gan", path, "--dry-run")
+    outcome = call(f"--{path.parent.name}", path, "--dry-run")
     assert outcome.code == 0, outcome.stderr
     assert f"name: {path.stem}\n" in outcome.stdout
+
+
+@shipped
+def test_a_recipe_is_for_one_mode(path: Path) -> None:
+    """A recipe under the other mode is refused with the right one."""
+    modes = ["gan", "distill"]
+    modes.remove(path.parent.name)
+    outcome = call(f"--{modes[0]}", path, "--dry-run")
+    assert outcome.code == 2
+    assert f"run it with --{path.parent.name}" in outcome.stderr
 
 
 def test_a_recipe_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
