@@ -33,7 +33,7 @@ from core.downloads import cache_path
 Library = ctypes.CDLL
 
 _SOURCES = Path(__file__).parent / "csrc"
-_CXX_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+_CXX_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 _WIDE_VECTORS = "-mprefer-vector-width=512"
 _NVCC_FLAGS = ("-O3", "--extra-device-vectorization")
 _log = logging.getLogger(__name__)
@@ -58,9 +58,9 @@ def _library(architecture: str | None) -> Library | str:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
+            with _locked(path.with_suffix(".lock")) as is_alone:
                 if not path.exists():  # another process may have been first
-                    _build(path, architecture)
+                    _build(path, architecture, is_alone=is_alone)
         return declared(ctypes.CDLL(str(path)))
     except Unavailable as reason:
         return str(reason)
@@ -104,17 +104,23 @@ def _instruction_set() -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Yield whether there is no other process inside: not every file system has locks. Without
+    them several processes build, and the last rename wins.
+    """
     with path.open("w") as file:
-        with suppress(OSError):  # a file system without locks: both build, one rename wins
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
-def _build(path: Path, architecture: str | None) -> None:
+def _build(path: Path, architecture: str | None, *, is_alone: bool) -> None:
     """Compile into a folder beside path, then rename. Raises Unavailable with the reason."""
-    for left_behind in path.parent.glob(f"{path.stem}-*"):  # by a builder that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
+    for left_behind in path.parent.glob(f"{path.stem}-*") if is_alone else ():
+        shutil.rmtree(left_behind, ignore_errors=True)  # by a builder that was killed
     kind = f"CUDA {architecture}" if architecture else "this CPU"
     _log.info("kernels: compiling for %s, once; kept in %s", kind, path.parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{path.stem}-", dir=path.parent))

@@ -14,6 +14,7 @@
 #include "exports.h"
 #include "geometry.h"
 #include "rows.h"
+#include "vectors.h"
 
 namespace custom_ops {
 namespace {
@@ -26,7 +27,8 @@ constexpr int64_t kLeastRows = 16;   // rows of a strip: fewer, and its margins 
 class Shares {
  public:
   Shares(const Batch& batch, int64_t rows, int64_t threads)
-      : batch_(batch), rows_(rows), lanes_(batch.channels_last ? std::min(kLanes, batch.channels) : 1),
+      : batch_(batch), rows_(rows),
+        lanes_(batch.channels_last ? std::min(kLanes, batch.channels) : 1),
         groups_(ceil_divide(batch.channels, lanes_)) {
     const int64_t wanted = ceil_divide(threads * kSharesPerThread, batch.count * groups_);
     strips_ = std::max<int64_t>(1, std::min(wanted, rows / kLeastRows));
@@ -179,19 +181,26 @@ struct FilteredLrelu {
       }
     }
 
-    void change_run(T* __restrict samples, uint8_t* __restrict slopes, int64_t size) const {
-      const LeakyRelu<T> lrelu = op_.lrelu;
-      if (op_.backward) {
-#pragma omp simd
-        for (int64_t i = 0; i < size; ++i) samples[i] *= lrelu.derivative(slopes[i]);
-        return;
-      }
-      if (slopes) {
-#pragma omp simd
-        for (int64_t i = 0; i < size; ++i) slopes[i] = lrelu.slope(samples[i]);
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) samples[i] = lrelu.value(samples[i]);
+    void change_run(T* samples, uint8_t* slopes, int64_t size) const {
+      int64_t i = 0;
+      for (; i + kVectorSize<T> <= size; i += kVectorSize<T>)
+        change_block(samples + i, slopes ? slopes + i : nullptr);
+      if (i == size) return;
+      T rest[kVectorSize<T>] = {};
+      uint8_t rest_slopes[kVectorSize<T>] = {};
+      const auto left = static_cast<size_t>(size - i);
+      std::copy_n(samples + i, left, rest);
+      if (op_.backward) std::copy_n(slopes + i, left, rest_slopes);
+      change_block(rest, slopes ? rest_slopes : nullptr);
+      std::copy_n(rest, left, samples + i);
+      if (slopes && !op_.backward) std::copy_n(rest_slopes, left, slopes + i);
+    }
+
+    void change_block(T* samples, uint8_t* slopes) const {
+      if (op_.backward)
+        multiply_by_slopes(op_.lrelu, samples, slopes);
+      else
+        activate_noting_slopes(op_.lrelu, samples, slopes);
     }
 
     const FilteredLrelu& op_;
@@ -233,7 +242,8 @@ struct BiasActPass {
       if (seen) {
         const T* by = seen + begin;
 #pragma omp simd
-        for (int64_t i = 0; i < size; ++i) to[i] = from[i] * math.template slope<act>(biased(by[i], i));
+        for (int64_t i = 0; i < size; ++i)
+          to[i] = from[i] * math.template slope<act>(biased(by[i], i));
       } else {
 #pragma omp simd
         for (int64_t i = 0; i < size; ++i) to[i] = math.template value<act>(biased(from[i], i));

@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kThreads) tile_kernel(const __grid_constant__ 
 }
 
 template <class Op, class Int>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Op op, Int threads) {
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(const __grid_constant__ Op op, Int threads) {
   op.run(static_cast<Int>(blockIdx.x) * kThreads + threadIdx.x, threads);
 }
 

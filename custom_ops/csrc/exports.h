@@ -18,8 +18,8 @@ using custom_ops::Filter;
       const S* x, const S* seen, const S* bias, S* y, int64_t outer, int64_t channels,            \
       int64_t inner, int64_t activation, double alpha, double gain, double clamp,                 \
       int64_t where) {                                                                            \
-    return custom_ops::Kernels<S, T>::bias_act(x, seen, bias, y, outer, channels, inner, activation, alpha,\
-                                gain, clamp, where);                                              \
+    return custom_ops::Kernels<S, T>::bias_act(x, seen, bias, y, outer, channels, inner,          \
+                                               activation, alpha, gain, clamp, where);            \
   }                                                                                               \
   extern "C" const char* upfirdn2d_##suffix(const S* x, S* y, const Batch* batch,                 \
                                             const Axis* along, const Filter<T>* filter,           \
@@ -30,12 +30,12 @@ using custom_ops::Filter;
       const S* x, const S* bias, S* y, uint8_t* slopes, int64_t backward, const Batch* batch,     \
       const Axis* along, const Filter<T>* filters, double gain, double slope, double clamp,       \
       int64_t where) {                                                                            \
-    return custom_ops::Kernels<S, T>::filtered_lrelu(x, bias, y, slopes, backward, batch, along, filters, gain,\
-                                      slope, clamp, where);                                       \
+    return custom_ops::Kernels<S, T>::filtered_lrelu(x, bias, y, slopes, backward, batch, along,  \
+                                                     filters, gain, slope, clamp, where);         \
   }
 
 // Bytes that filtered_lrelu notes in its forward pass; whether bias_act takes an activation.
-#define CUSTOM_OPS_EXPORT_ANSWERS                                                                  \
+#define CUSTOM_OPS_EXPORT_ANSWERS                                                                 \
   extern "C" int64_t slopes_size(const Batch* batch, const Axis* along) {                         \
     return custom_ops::slopes_size(*batch, along);                                                \
   }                                                                                               \

@@ -95,7 +95,8 @@ template <class LineUp, class LineDown, int kLanes, class S, class T, class Laun
 const char* filtered_lrelu_of_lines(const FilteredLreluArguments<S, T>& a, const Launch& launch) {
   const auto make = [&](int width, int height) {
     return FilteredLreluTile<S, T, LineUp, LineDown, kLanes>(
-        a.x, a.bias, a.y, a.slopes, a.backward, a.lrelu, a.batch, a.along, a.filters, width, height);
+        a.x, a.bias, a.y, a.slopes, a.backward, a.lrelu, a.batch, a.along, a.filters, width,
+        height);
   };
   return launch_largest<T>(kLanes == 1 ? 32 : 16, make, launch);
 }

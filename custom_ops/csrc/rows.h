@@ -12,40 +12,9 @@
 #include <vector>
 
 #include "geometry.h"
+#include "vectors.h"
 
 namespace custom_ops {
-
-constexpr int64_t kVectorBytes = 64;
-
-template <class T>
-constexpr int64_t kVectorSize = kVectorBytes / static_cast<int64_t>(sizeof(T));
-
-// dst[i] = sum over k of weights[k] * sources[k][i], in whole vectors: both may be overrun by one.
-template <class T>
-void weighted_sum(T* dst, int64_t size, const std::vector<const T*>& sources, const T* weights) {
-  typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
-  constexpr int64_t width = kVectorSize<T>;
-  const auto terms = sources.size();
-  int64_t i = 0;
-  for (; i + 4 * width <= size; i += 4 * width) {
-    Vector a{}, b{}, c{}, d{};
-    for (size_t k = 0; k < terms; ++k) {
-      const auto* source = reinterpret_cast<const Vector*>(sources[k] + i);
-      a += weights[k] * source[0];
-      b += weights[k] * source[1];
-      c += weights[k] * source[2];
-      d += weights[k] * source[3];
-    }
-    auto* out = reinterpret_cast<Vector*>(dst + i);
-    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
-  }
-  for (; i < size; i += width) {
-    Vector a{};
-    for (size_t k = 0; k < terms; ++k)
-      a += weights[k] * *reinterpret_cast<const Vector*>(sources[k] + i);
-    *reinterpret_cast<Vector*>(dst + i) = a;
-  }
-}
 
 // Where the samples of a row stand: places [first, first + length) of each component.
 struct Components {
@@ -136,7 +105,8 @@ class RowStream {
     make_row(i, raw_.data());
     for (size_t s = 0; s < along_x_.terms.size(); ++s) {
       clear();
-      for (const auto& term : along_x_.terms[s]) add(raw_.data() + term.offset, filter_.x[term.tap]);
+      for (const auto& term : along_x_.terms[s])
+        add(raw_.data() + term.offset, filter_.x[term.tap]);
       sum(s, slot(i));
     }
   }

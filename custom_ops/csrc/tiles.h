@@ -154,8 +154,8 @@ struct TileResampling {
       const int row = rest - group * source.height, column = group * kRun;
       const BeginInTile begin = LineX::begin(x, tile, column);
       T run[kRun] = {};
-      LineX::correlate(x, from + (row * source.pitch + begin.input) * kLanes + lane, kLanes, begin.phase,
-                       taps, 1, run);
+      const T* in = from + (row * source.pitch + begin.input) * kLanes + lane;
+      LineX::correlate(x, in, kLanes, begin.phase, taps, 1, run);
       T* out = to + (row * between.pitch + column) * kLanes + lane;
 CUSTOM_OPS_UNROLL
       for (int r = 0; r < kRun; ++r) out[r * kLanes] = run[r];
@@ -232,13 +232,15 @@ BOTH_SIDES void copy_part(int thread, int threads, const TileGrid<kLanes>& grid,
   const int items = part.width * part.height * kLanes;
   for (int item = thread; item < items; item += threads) {
     const int lane = item % kLanes, rest = item / kLanes;
-    const int row = static_cast<int>(part.by_width.quotient(rest)), column = rest - row * part.width;
+    const int row = static_cast<int>(part.by_width.quotient(rest));
+    const int column = rest - row * part.width;
     const int64_t from_row = first_row + row, from_column = first_column + column;
     const bool inside = from_row >= 0 && from_row < along_y.size && from_column >= 0 &&
                         from_column < along_x.size && place.channel + lane < grid.batch.channels;
     T sample = 0;
     if (inside) {
-      sample = to_number(x[grid.at(place, lane, from_row, from_column, along_y.size, along_x.size)]);
+      const int64_t height = along_y.size, width = along_x.size;
+      sample = to_number(x[grid.at(place, lane, from_row, from_column, height, width)]);
       if (bias) sample += to_number(bias[place.channel + lane]);
     }
     shared[(row * part.pitch + column) * kLanes + lane] = sample;
