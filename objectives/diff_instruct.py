@@ -163,10 +163,12 @@ def ikl_pull(
     H, W].
 
     s(y; sigma) = (D(y; sigma) - y) / sigma^2, so y cancels and D_score - D_teacher remains, times
-        sigma_squared  1                                    w = sigma^2, the official code's choice
-        edm            (sigma^2 + s^2) / (sigma s)^2        w = sigma^2 lambda(sigma), s =
-        sigma_data uniform        1 / sigma^2                          w = 1 dmd            1 / mean
-        |x - D_teacher|             DMD (Yin et al., 2024), Eq. 8
+
+        sigma_squared  1                            w = sigma^2, the official code's choice
+        edm            lambda(sigma)                w = sigma^2 lambda(sigma), EDM's weight
+        uniform        1 / sigma^2                  w = 1
+        dmd            1 / mean |x - D_teacher|     DMD (Yin et al., 2024), Eq. 8
+
     images: [N, C, H, W], detached; sigma: [N].
     """
     difference = score_denoised - teacher_denoised
