@@ -19,7 +19,6 @@
 namespace custom_ops {
 namespace {
 
-constexpr int64_t kLanes = 16;       // channels of a channels-last image that are worked on at once
 constexpr int64_t kSharesPerThread = 4;
 constexpr int64_t kLeastRows = 16;   // rows of a strip: fewer, and its margins cost more than it
 

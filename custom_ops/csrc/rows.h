@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "geometry.h"
@@ -159,6 +158,24 @@ struct Share {
   int64_t width, lanes, pixel_stride, row_stride;
 };
 
+constexpr int64_t kLanes = 16;  // channels of a channels-last image that are worked on at once
+
+// Copy pixels of some channels. That these are often kLanes, a compiler cannot know: told, it makes
+// one instruction of each pixel.
+template <class T>
+void copy_pixels(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t pixels,
+                 int64_t lanes, const T* bias) {
+  if (lanes == kLanes) {
+    T add[kLanes] = {};
+    if (bias) std::copy_n(bias, kLanes, add);
+    for (int64_t q = 0; q < pixels; ++q, from += from_step, to += to_step)
+      for (int64_t c = 0; c < kLanes; ++c) to[c] = from[c] + add[c];
+    return;
+  }
+  for (int64_t q = 0; q < pixels; ++q, from += from_step, to += to_step)
+    for (int64_t c = 0; c < lanes; ++c) to[c] = bias ? from[c] + bias[c] : from[c];
+}
+
 // Copy a row of an image into its components, bias (one number a lane) added; outside stays zero.
 template <class T>
 void take_row(const T* row, const Share& share, const T* bias, const Components& to, T* dst) {
@@ -174,8 +191,7 @@ void take_row(const T* row, const Share& share, const T* bias, const Components&
       else
         for (int64_t q = 0; q < end - from; ++q) out[q] = in[q * step] + b;
     } else {
-      for (int64_t q = from; q < end; ++q, in += step, out += share.lanes)
-        for (int64_t c = 0; c < share.lanes; ++c) out[c] = bias ? in[c] + bias[c] : in[c];
+      copy_pixels(in, step, out, share.lanes, end - from, share.lanes, bias);
     }
   }
 }
@@ -196,8 +212,7 @@ void give_row(const T* src, const Components& from, const Share& share, T* row) 
     if (share.lanes == 1)
       for (int64_t q = 0; q < places; ++q) out[q * step] = in[q];
     else
-      for (int64_t q = 0; q < places; ++q, in += share.lanes, out += step)
-        std::memcpy(out, in, static_cast<size_t>(share.lanes) * sizeof(T));
+      copy_pixels<T>(in, share.lanes, out, step, places, share.lanes, nullptr);
   }
 }
 
