@@ -109,8 +109,11 @@ class Resample(NamedTuple):
             return _identity(self.gain, dtype, like.device)
         if self.f.is_inference():  # counts no changes
             return _prepared(self.f.to(like.device, dtype), self.flip_filter, self.gain)
-        kept = _kept.setdefault(self.f, {})
-        key = (self.f._version, self.f.data_ptr(), self.flip_filter, self.gain, dtype, like.device)
+        state = (self.f._version, self.f.data_ptr())
+        prepared_from, kept = _kept.get(self.f, (None, {}))
+        if prepared_from != state:  # written to since, by a moving average that copies buffers, say
+            _kept[self.f] = state, (kept := {})
+        key = (self.flip_filter, self.gain, dtype, like.device)
         if key not in kept:
             kept[key] = _prepared(self.f.to(like.device, dtype), self.flip_filter, self.gain)
         return kept[key]

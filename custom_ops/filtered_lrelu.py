@@ -39,7 +39,7 @@ def filtered_lrelu(
     b: [C], added to x, not to the padding. fu, fd: [fh, fw], or [taps] for a separable filter, or
     None for the identity. padding: one number, (x, y) or (x before, x after, y before, y after),
     counted after upsampling; negative crops. `clamp=None` clips nothing. Raises ValueError for a
-    bias of the wrong length.
+    bias of the wrong length, and where nothing would be left of the image.
     """
     if b is not None and b.shape != (x.shape[1],):
         raise ValueError(f"bias has shape {tuple(b.shape)}, x has {x.shape[1]} channels")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from custom_ops import _build, _native, backend
+from custom_ops import _build, _native, _resampling, backend
 from custom_ops.bias_act import ACTIVATIONS, bias_act
 from custom_ops.filtered_lrelu import filtered_lrelu
 from custom_ops.upfirdn2d import fir_filter, upfirdn2d
@@ -289,12 +289,17 @@ def test_long_axes_are_multiplied_in_blocks():
 
 @needs_compiler
 def test_a_changed_filter_is_read_again():
-    """The prepared filter that is kept for the next call belongs to the filter's present values."""
+    """The prepared filter that is kept for the next call belongs to the filter's present values, and no
+    other is kept.
+    """
     x, f = torch.randn(1, 1, 6, 6), torch.ones(3)
     with backend.using("native"):
         before = upfirdn2d(x, f)
         f.mul_(2)
         assert_close(upfirdn2d(x, f), 4 * before)
+        for _ in range(5):
+            upfirdn2d(x, f.mul_(1), flip_filter=True)
+    assert len(_resampling._kept[f][1]) == 1
 
 
 def test_other_types_take_the_reference():
