@@ -289,9 +289,7 @@ def test_long_axes_are_multiplied_in_blocks():
 
 @needs_compiler
 def test_a_changed_filter_is_read_again():
-    """The prepared filter that is kept for the next call belongs to the filter's present values, and no
-    other is kept.
-    """
+    """What is kept of a filter for the next call is made of its present values only."""
     x, f = torch.randn(1, 1, 6, 6), torch.ones(3)
     with backend.using("native"):
         before = upfirdn2d(x, f)

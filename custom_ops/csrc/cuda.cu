@@ -15,6 +15,7 @@ namespace custom_ops {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr size_t kUnaskedBytes = 48 << 10;  // of shared memory; more must be asked for
 
 template <int phase, class Op, class T>
 __device__ __forceinline__ void run_phases(const Op& op, T* shared) {
@@ -49,6 +50,11 @@ struct LaunchTiles {
   const char* operator()(const Op& op) const {
     const auto blocks = static_cast<unsigned>(op.grid.blocks());
     const auto bytes = static_cast<size_t>(op.shared_size()) * sizeof(T);
+    if (bytes > kUnaskedBytes) {
+      const auto error = cudaFuncSetAttribute(
+          tile_kernel<Op, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+      if (error != cudaSuccess) return message(error);
+    }
     tile_kernel<Op, T><<<blocks, kThreads, bytes, stream>>>(op);
     return message(cudaGetLastError());
   }

@@ -11,7 +11,7 @@
 
 namespace custom_ops {
 
-constexpr int64_t kSharedBytes = 48 << 10;  // what every GPU grants a block unasked
+constexpr int64_t kSharedBytes = 64 << 10;  // what every GPU since Volta can grant a block
 constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
 
 constexpr const char* kTooLong = "the filter is too long for the shared memory of a GPU";
