@@ -132,32 +132,40 @@ def _build(path: Path, architecture: str | None, *, is_alone: bool) -> None:
 
 def _compiled(folder: Path, architecture: str | None) -> Path:
     """Return the library that torch's extension loader builds in an empty folder."""
-    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_serious)
-    from torch.utils import cpp_extension  # slow to import, and only needed here
-
     try:
         with (
+            _without_warnings(logging.getLogger("torch.utils.cpp_extension")),
             _environment("PATH", _path_with_ninja()),
             _environment("TORCH_CUDA_ARCH_LIST", architecture or ""),  # the GPU at hand only
         ):
+            from torch.utils import cpp_extension  # slow to import, and only needed here
+
             cpp_extension.load(
                 f"custom_ops_{'cuda' if architecture else 'cpu'}",
                 [str(_SOURCES / ("cuda.cu" if architecture else "cpu.cpp"))],
                 extra_cflags=[*_CXX_FLAGS, *_cpu_flags()],
                 extra_cuda_cflags=list(_NVCC_FLAGS),
-                extra_ldflags=_openmp_flags(),
+                extra_ldflags=_linker_flags(folder, architecture),
                 build_directory=str(folder),
                 with_cuda=architecture is not None,
                 is_python_module=False,
             )
     except Exception as error:  # a missing compiler, header, ninja or nvcc raises its own kind
         raise Unavailable(f"compiling them failed: {_first_complaint(error)}") from error
-    return next(folder.glob("*.so"))
+    return next(folder.glob("custom_ops_*.so"))
 
 
-def _is_serious(record: logging.LogRecord) -> bool:
-    """Return whether torch's extension loader says more than that there is no GPU."""
-    return "No CUDA runtime is found" not in record.getMessage()
+@contextmanager
+def _without_warnings(log: logging.Logger) -> Iterator[None]:
+    """Keep a logger to errors: torch warns of a compiler that it does not know and where there is no
+    GPU, which matters to those who compile its headers.
+    """
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _cpu_flags() -> list[str]:
@@ -181,6 +189,20 @@ def _path_with_ninja() -> str:
     return f"{ninja.BIN_DIR}{os.pathsep}{path}"
 
 
+def _linker_flags(folder: Path, architecture: str | None) -> list[str]:
+    """Return what the library is linked with: for a GPU the CUDA runtime that torch has loaded.
+
+    pip installs that one under its versioned name only, which no linker looks for.
+    """
+    if architecture is None:
+        return _openmp_flags()
+    maps = Path("/proc/self/maps")
+    loaded = re.search(r"/\S*/libcudart\.so\S*", maps.read_text()) if maps.exists() else None
+    if loaded:
+        (folder / "libcudart.so").symlink_to(loaded[0])
+    return [f"-L{folder}"]
+
+
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
@@ -196,8 +218,9 @@ def _environment(name: str, value: str) -> Iterator[None]:
 def _first_complaint(error: Exception) -> str:
     """Return the line of a compiler's output that says what was wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    complaints = [line for line in lines if re.search(r"\b(error|not found|cannot)\b", line, re.I)]
-    return (complaints or lines or [type(error).__name__])[0][:300]
+    complaint = re.compile(r"\berror\b.*:|not found|cannot find|no such file", re.I)
+    found = [line for line in lines if complaint.search(line) and "Error building" not in line]
+    return (found or lines[-1:] or [type(error).__name__])[0][:300]
 
 
 def declared(found: Library) -> Library:
