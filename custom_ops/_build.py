@@ -157,8 +157,8 @@ def _compiled(folder: Path, architecture: str | None) -> Path:
 
 @contextmanager
 def _without_warnings(log: logging.Logger) -> Iterator[None]:
-    """Keep a logger to errors: torch warns of a compiler that it does not know and where there is no
-    GPU, which matters to those who compile its headers.
+    """Keep a logger to errors: torch warns of unknown compilers and of a missing GPU, which matters
+    to those who compile its headers.
     """
     before = log.level
     log.setLevel(logging.ERROR)
