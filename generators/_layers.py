@@ -1,4 +1,5 @@
-"""Layers that the StyleGAN families share: the mapping network and equalised-learning-rate layers.
+"""What the StyleGAN families share: the mapping network, layers of equalised learning rate, and how
+published arguments are read.
 
 StyleGAN2 (Karras et al., CVPR 2020). Parameter and buffer names are those of the published
 networks.
@@ -6,12 +7,45 @@ networks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping as MappingOf
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from core.config import Section
 from core.errors import UserError
 from custom_ops.bias_act import bias_act
+
+_WITHOUT_EFFECT = frozenset(
+    (
+        *("num_fp16_res", "use_fp16", "fp16_channels_last", "channels_last"),
+        *("fused_modconv_default", "w_avg_beta"),
+    )
+)
+"""Published arguments about speed on a GPU, or about the published training, not about images."""
+
+
+def published_arguments(arguments: object) -> dict[str, object]:
+    """Return published keyword arguments without those that have no effect here."""
+    found = arguments if isinstance(arguments, MappingOf) else {}
+    return {str(name): value for name, value in found.items() if name not in _WITHOUT_EFFECT}
+
+
+class MappingConfig(Section):
+    """The mapping network."""
+
+    num_layers: int = Field(default=8, ge=1)
+    """Fully connected layers."""
+    embed_features: int | None = None
+    """Width of the label embedding; null: w_dim."""
+    layer_features: int | None = None
+    """Width of the hidden layers; null: w_dim."""
+    activation: str = "lrelu"
+    """Activation of every layer."""
+    lr_multiplier: float = 0.01
+    """Learning-rate multiplier of every layer."""
 
 
 class FullyConnected(nn.Module):
@@ -62,7 +96,7 @@ class Mapping(nn.Module):
         lr_multiplier: float = 0.01,
     ) -> None:
         super().__init__()
-        self.c_dim, self.num_ws, self.num_layers = c_dim, num_ws, num_layers
+        self.z_dim, self.c_dim, self.num_ws, self.num_layers = z_dim, c_dim, num_ws, num_layers
         embedded = 0 if c_dim == 0 else (embed_features or w_dim)
         hidden = [layer_features or w_dim] * (num_layers - 1)
         widths = [z_dim + embedded, *hidden, w_dim]
@@ -104,9 +138,26 @@ class Mapping(nn.Module):
             x = getattr(self, f"fc{index}")(x)
         return x
 
+    @torch.no_grad()
+    def settle(self, *, count: int = 10_000) -> None:
+        """Set w_avg, the centre of truncation, to the mean w of fixed draws under these weights."""
+        draws, device = torch.Generator().manual_seed(0), self.w_avg.device
+        latents = torch.randn(count, self.z_dim, generator=draws).to(device)
+        labels = torch.arange(count, device=device) % self.c_dim if self.c_dim else None
+        self.w_avg.copy_(self.one(latents, labels).mean(0))
+
     def _one_hot(self, labels: Tensor | None) -> Tensor:
         if labels is None:
             raise UserError(
                 f"the student is conditional: labels in 0..{self.c_dim - 1} are needed, got none"
             )
         return F.one_hot(labels, self.c_dim).to(self.w_avg.dtype)
+
+
+def demodulation(style: Tensor, weight: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """Return d [N, out] that gives each output channel unit expected variance (StyleGAN2, Eq. 3).
+
+    style: [N, in]; weight: [out, in, k, k].
+    """
+    energy = weight.square().sum((2, 3))  # [out, in]
+    return (style.square() @ energy.t() + eps).rsqrt()

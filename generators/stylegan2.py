@@ -13,7 +13,6 @@ so the one weight tensor serves the whole batch in one convolution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping as MappingOf
 from math import log2
 from typing import Literal
 
@@ -26,24 +25,15 @@ from core.config import Section, validate
 from core.pickles import NetworkRecord
 from custom_ops.bias_act import ACTIVATIONS, bias_act
 from custom_ops.upfirdn2d import fir_filter, upfirdn2d
-from generators._layers import FullyConnected, Mapping
+from generators._layers import (
+    FullyConnected,
+    Mapping,
+    MappingConfig,
+    demodulation,
+    published_arguments,
+)
 
 NoiseMode = Literal["const", "random", "none"]
-
-
-class MappingConfig(Section):
-    """The mapping network."""
-
-    num_layers: int = Field(default=8, ge=1)
-    """Fully connected layers."""
-    embed_features: int | None = None
-    """Width of the label embedding; null: w_dim."""
-    layer_features: int | None = None
-    """Width of the hidden layers; null: w_dim."""
-    activation: str = "lrelu"
-    """Activation of every layer."""
-    lr_multiplier: float = 0.01
-    """Learning-rate multiplier of every layer."""
 
 
 class Config(Section):
@@ -101,25 +91,10 @@ def from_record(record: NetworkRecord) -> Config | None:
     if record.class_name != "Generator" or "synthesis.b4.const" not in record.tensors:
         return None
     arguments = record.named_arguments("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
-    mapping = _section(arguments.pop("mapping_kwargs", None))
-    synthesis = _section(arguments.pop("synthesis_kwargs", None))
-    settings = {**_section(arguments), **synthesis, "mapping": mapping}
+    mapping = published_arguments(arguments.pop("mapping_kwargs", None))
+    synthesis = published_arguments(arguments.pop("synthesis_kwargs", None))
+    settings = {**published_arguments(arguments), **synthesis, "mapping": mapping}
     return validate(Config, settings, source=f"its {record.class_name}")
-
-
-_WITHOUT_EFFECT = frozenset(
-    (
-        *("num_fp16_res", "use_fp16", "fp16_channels_last", "channels_last"),
-        *("fused_modconv_default", "w_avg_beta"),
-    )
-)
-"""Published arguments about speed on a GPU, or about the published training, not about images."""
-
-
-def _section(arguments: object) -> dict[str, object]:
-    """Return published keyword arguments without those that have no effect here."""
-    found = arguments if isinstance(arguments, MappingOf) else {}
-    return {str(name): value for name, value in found.items() if name not in _WITHOUT_EFFECT}
 
 
 class StyleGAN2(nn.Module):
@@ -157,14 +132,9 @@ class StyleGAN2(nn.Module):
             self.mapping(latents, labels, truncation=truncation), noise_mode=noise_mode
         )
 
-    @torch.no_grad()
-    def settle(self, *, count: int = 10_000) -> None:
-        """Set w_avg, the centre of truncation, to the mean w of fixed draws under these weights."""
-        draws = torch.Generator().manual_seed(0)
-        device = self.mapping.w_avg.device
-        latents = torch.randn(count, *self.latent_shape, generator=draws).to(device)
-        labels = torch.arange(count, device=device) % self.num_classes if self.num_classes else None
-        self.mapping.w_avg.copy_(self.mapping.one(latents, labels).mean(0))
+    def settle(self) -> None:
+        """Bring w_avg up to date with these weights."""
+        self.mapping.settle()
 
 
 class Synthesis(nn.Module):
@@ -301,15 +271,6 @@ class UpsampledProjection(nn.Module):
 
     def forward(self, x: Tensor, *, gain: float) -> Tensor:
         return upsample(F.conv2d(x, self.weight * (self.weight_gain * gain)), self.resample_filter)
-
-
-def demodulation(style: Tensor, weight: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Return d [N, out] that gives each output channel unit expected variance (StyleGAN2, Eq. 3).
-
-    style: [N, in]; weight: [out, in, k, k].
-    """
-    energy = weight.square().sum((2, 3))  # [out, in]
-    return (style.square() @ energy.t() + eps).rsqrt()
 
 
 def convolve_upsampled(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:

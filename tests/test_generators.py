@@ -17,7 +17,7 @@ import teachers
 from core import networks
 from core.errors import UserError
 from core.pickles import NetworkRecord
-from generators import stylegan2
+from generators import _layers, stylegan2
 from generators.stylegan2 import Config, StyleGAN2
 
 ARCHITECTURES = ("skip", "resnet", "orig")
@@ -185,7 +185,7 @@ def test_demodulated_features_have_unit_variance_for_unit_inputs() -> None:
     style = layer.affine(torch.randn(2, 6))
     x = torch.randn(2, 32, 64, 64) * style[:, :, None, None]
     y = nn.functional.conv2d(x, 5 * layer.weight)  # the scale of the weights drops out
-    y = y * stylegan2.demodulation(style, 5 * layer.weight)[:, :, None, None]
+    y = y * _layers.demodulation(style, 5 * layer.weight)[:, :, None, None]
     assert (y.var((0, 2, 3)) - 1).abs().max() < 0.15
 
 

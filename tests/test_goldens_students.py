@@ -10,10 +10,10 @@ import torch
 from core.pickles import NetworkRecord
 from custom_ops.bias_act import bias_act
 from custom_ops.upfirdn2d import upfirdn2d
-from generators import stylegan2
+from generators import stylegan2, stylegan3
 
 GOLDENS = Path(__file__).parent / "goldens"
-STUDENTS = ["stylegan2-uncond-32", "stylegan2-cond10-16"]
+STUDENTS = ["stylegan2-uncond-32", "stylegan2-cond10-16", "stylegan3-t-32", "stylegan3-r-32"]
 CUSTOM_OPS = np.load(GOLDENS / "custom-ops.npz")
 CASES = sorted(
     {key.split("/")[0] for key in CUSTOM_OPS if key.startswith(("bias_act", "upfirdn2d"))}
@@ -32,7 +32,8 @@ def load_student(name):
     arguments = json.loads(str(golden["meta"]))["kwargs"]
     state = {key[6:]: torch.as_tensor(golden[key]) for key in golden if key.startswith("state/")}
     record = NetworkRecord("Generator", arguments=arguments, tensors=state)
-    student = stylegan2.build(stylegan2.from_record(record))
+    (family,) = (known for known in (stylegan2, stylegan3) if known.from_record(record))
+    student = family.build(family.from_record(record))
     student.load_state_dict(state, strict=True)
     labels = torch.as_tensor(golden["in/c"])
     return (

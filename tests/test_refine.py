@@ -207,7 +207,9 @@ def test_the_bare_command_says_what_to_give() -> None:
     """`python refine.py` is one sentence with the options to choose from, and exit code 2."""
     outcome = call()
     assert outcome.code == 2
-    assert outcome.stderr.startswith("error: give one of --gan, --distill, --resume RUN and --report RUN")
+    assert outcome.stderr.startswith(
+        "error: give one of --gan, --distill, --resume RUN and --report RUN"
+    )
     assert outcome.stderr.count("\n") == 1
 
 

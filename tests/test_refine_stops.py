@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import generators
 from core.run_folder import RunFolder
-from eval import samples
+from eval import features, samples
 from training import checkpoint
 
 SIGNALLED = """
@@ -125,13 +126,25 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path, whole: RunFolder, tmp_
     assert rows_of(folder) == rows_of(whole) + Counter({(56, "images_per_second"): 1})
 
 
-@pytest.mark.parametrize("begun", [False, True], ids=["loading", "measuring before"])
+@pytest.mark.parametrize(
+    ("module", "name", "begun"),
+    [
+        (features, "load", False),
+        (samples, "generated_statistics", True),
+        (samples, "fid_over_seeds", True),
+    ],
+    ids=["loading", "sampling the teacher", "measuring before"],
+)
 def test_ctrl_c_before_training_is_no_traceback(
-    recipe: Path, tmp_path: Path, begun: bool, monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    module: ModuleType,
+    name: str,
+    begun: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While parts are loaded no run is left; while the student is measured, one to go on with."""
-    name = "fid_over_seeds" if begun else "generated_statistics"
-    monkeypatch.setattr(samples, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    """While parts are loaded no run is left; while something is measured, one to go on with."""
+    monkeypatch.setattr(module, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     outcome = call("--gan", recipe, "--outdir", tmp_path / "runs")
     monkeypatch.undo()
     folder = tmp_path / "runs" / "00000-tiny"
