@@ -35,7 +35,7 @@ from core.downloads import cache_path
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
 from eval import features, report
-from refinement.parts import found, load_parts
+from refinement.parts import SAMPLED, found, load_parts
 from refinement.recipe import Recipe, read_recipe
 from refinement.run import Run, finish, note_session, open_run, train
 from training import checkpoint, loop
@@ -237,11 +237,12 @@ def _new_folder(recipe: Recipe, outdir: Path, world: World) -> RunFolder | None:
 
 def _plan(recipe: Recipe) -> str:
     """Return the resolved recipe, and where each file that it needs is."""
-    reference = recipe.evaluation.reference
+    reference, made = recipe.evaluation.reference, recipe.evaluation.teacher
     sources = {
         "student": recipe.student.weights,
         "teacher": recipe.teacher.weights,
         "reference": None if reference == "teacher" else reference,
+        "teacher's samples": None if made == SAMPLED else made,
         "extractor": None if reference is None else _weights_of(recipe.evaluation.extractor),
     }
     lines = [f"# {name}: {_whereabouts(source)}" for name, source in sources.items() if source]
