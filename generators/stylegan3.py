@@ -5,7 +5,7 @@ Parameter and buffer names are those of the published networks, so their weights
 strict=True. Everything runs in float32; the published float16 layers (`num_fp16_res`) are read and
 run in float32. As in StyleGAN2 here, modulation never copies weights per sample: inputs are scaled,
 one convolution serves the batch, outputs are demodulated. The magnitudes that layers divide by
-(`magnitude_ema`) stay as they were trained.
+(`magnitude_ema`) stay as they were trained unless a call asks for their update, as published.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class Config(Section):
     """Radially symmetric filters when downsampling, as in R."""
     conv_clamp: float | None = 256.0
     """Clip activations to this magnitude; null: never."""
+    magnitude_ema_beta: float = Field(default=0.999, ge=0, le=1)
+    """What an update keeps of the moving averages of layers' squared inputs."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -102,7 +104,6 @@ def from_record(record: NetworkRecord) -> Config | None:
     arguments = record.named_arguments("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
     mapping = {"num_layers": 2, **published_arguments(arguments.pop("mapping_kwargs", None))}
     settings = {**published_arguments(arguments), "mapping": mapping}
-    settings.pop("magnitude_ema_beta", None)  # about the published training
     return validate(Config, settings, source=f"its {record.class_name}")
 
 
@@ -163,10 +164,20 @@ class StyleGAN3(nn.Module):
         )
 
     def forward(
-        self, latents: Tensor, labels: Tensor | None = None, *, truncation: float = 1.0
+        self,
+        latents: Tensor,
+        labels: Tensor | None = None,
+        *,
+        truncation: float = 1.0,
+        update_magnitudes: bool = False,
     ) -> Tensor:
-        """Return images [N, C, H, W], a deterministic function. truncation: psi, 1 = none."""
-        return self.synthesis(self.mapping(latents, labels, truncation=truncation))
+        """Return images [N, C, H, W], a deterministic function. truncation: psi, 1 = none.
+
+        update_magnitudes: first move each layer's `magnitude_ema` towards this batch, as the
+        published training does in its generator step (`update_emas`); w_avg has `settle`.
+        """
+        ws = self.mapping(latents, labels, truncation=truncation)
+        return self.synthesis(ws, update_magnitudes=update_magnitudes)
 
     def settle(self) -> None:
         """Bring w_avg up to date with these weights."""
@@ -190,11 +201,14 @@ class Synthesis(nn.Module):
             setattr(self, name, kind(config, given, made, is_critical=is_critical))
             self.layers.append(name)
 
-    def forward(self, ws: Tensor) -> Tensor:
+    def forward(self, ws: Tensor, *, update_magnitudes: bool = False) -> Tensor:
         first, *others = ws.unbind(1)
         x = self.input(first)
         for name, w in zip(self.layers, others, strict=True):
-            x = getattr(self, name)(x, w)
+            layer = getattr(self, name)
+            if update_magnitudes:
+                track_magnitude(layer.magnitude_ema, x, beta=layer.magnitude_ema_beta)
+            x = layer(x, w)
         return x * self.output_scale
 
 
@@ -247,7 +261,7 @@ class FilteredConvolution(nn.Module):
 
     def __init__(self, config: Config, given: Signal, made: Signal, *, is_critical: bool) -> None:
         super().__init__()
-        self.clamp = config.conv_clamp
+        self.clamp, self.magnitude_ema_beta = config.conv_clamp, config.magnitude_ema_beta
         fine = max(given.rate, made.rate) * config.lrelu_upsampling
         self.up, self.down = fine // given.rate, fine // made.rate
         taps_up, taps_down = (config.filter_size * f if f > 1 else 1 for f in (self.up, self.down))
@@ -286,7 +300,7 @@ class ToImage(nn.Module):
 
     def __init__(self, config: Config, given: Signal, made: Signal, *, is_critical: bool) -> None:
         super().__init__()
-        self.clamp = config.conv_clamp
+        self.clamp, self.magnitude_ema_beta = config.conv_clamp, config.magnitude_ema_beta
         self.affine = FullyConnected(config.w_dim, given.channels, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(made.channels, given.channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(made.channels))
@@ -297,6 +311,12 @@ class ToImage(nn.Module):
         x = x * (self.affine(w) * gain)[:, :, None, None]
         x = F.conv2d(x, self.weight, self.bias)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
+
+
+@torch.no_grad()
+def track_magnitude(average: Tensor, x: Tensor, *, beta: float) -> None:
+    """Set the average, in place, to beta * average + (1 - beta) * mean(x^2) (Sec. 3.2)."""
+    average.copy_(x.square().mean().lerp(average, beta))
 
 
 def lowpass(taps: int, signal: Signal, *, rate: int, radial: bool = False) -> Tensor | None:
