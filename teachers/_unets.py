@@ -38,6 +38,7 @@ class SongUNet(nn.Module):
         *,
         img_resolution: int,
         img_channels: int,
+        out_channels: int,
         label_dim: int,
         augment_dim: int,
         model_channels: int,
@@ -94,7 +95,7 @@ class SongUNet(nn.Module):
             skip_channels=_skip_channels(self.enc),
             attention=_attention_after_last_block(levels, num_blocks, attn_resolutions),
             style=style,
-            heads=_song_heads(levels, img_channels=img_channels, kind=decoder_type, style=style),
+            heads=_song_heads(levels, img_channels=out_channels, kind=decoder_type, style=style),
         )
 
     def forward(
@@ -104,7 +105,7 @@ class SongUNet(nn.Module):
         one_hot_labels: Tensor | None,
         augment_labels: Tensor | None,
     ) -> Tensor:
-        """Return the raw network output [N, C, H, W] for images c_in x, noise_levels c_noise [N].
+        """Return the raw output [N, out_channels, H, W] for images c_in x, noise_levels c_noise.
 
         one_hot_labels: [N, label_dim] or None. augment_labels: [N, augment_dim] or None.
         """
@@ -129,6 +130,7 @@ class DhariwalUNet(nn.Module):
         *,
         img_resolution: int,
         img_channels: int,
+        out_channels: int,
         label_dim: int,
         augment_dim: int,
         model_channels: int,
@@ -188,7 +190,7 @@ class DhariwalUNet(nn.Module):
             heads=[{} for _ in levels],
         )
         self.out_norm = group_norm(levels[0].channels, eps=style.norm_eps)
-        self.out_conv = Conv(levels[0].channels, img_channels, kernel=3, init=init_zero)
+        self.out_conv = Conv(levels[0].channels, out_channels, kernel=3, init=init_zero)
 
     def forward(
         self,
@@ -197,7 +199,7 @@ class DhariwalUNet(nn.Module):
         one_hot_labels: Tensor | None,
         augment_labels: Tensor | None,
     ) -> Tensor:
-        """Return the raw network output [N, C, H, W] for images c_in x, noise_levels c_noise [N].
+        """Return the raw output [N, out_channels, H, W] for images c_in x, noise_levels c_noise.
 
         one_hot_labels: [N, label_dim] or None. augment_labels: [N, augment_dim] or None.
         """

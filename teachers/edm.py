@@ -1,15 +1,16 @@
-"""EDM's preconditioned denoiser (Karras et al. 2022, arXiv 2206.00364, Table 1, column "Ours").
+"""Preconditioned denoisers (Karras et al. 2022, arXiv 2206.00364, Table 1): VP, VE, iDDPM and EDM.
 
-Fits the published EDM networks of DDPM++, NCSN++ and ADM shape (`EDMPrecond`). Their precision
-switch is left out: everything runs in float32. Older preconditionings (VP, VE, iDDPM) are not here.
+Fits the published networks of DDPM++, NCSN++ and ADM shape, of classes `EDMPrecond`, `VPPrecond`,
+`VEPrecond` and `iDDPMPrecond`. Their precision switch is left out: everything runs in float32.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
@@ -28,12 +29,22 @@ _SONG_DEFAULTS = {
 _SONG_ONLY = set(
     ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
 )
-_NOT_THE_NETWORK = {"model_type", "sigma_min", "sigma_max", "sigma_data"}
-_POSITIONAL_ARGUMENTS = (
-    *("img_resolution", "img_channels", "label_dim", "use_fp16"),
-    *("sigma_min", "sigma_max", "sigma_data", "model_type"),
-)
-"""The published constructor's arguments in their order; the U-Net's own come by name alone."""
+_PRECONDITIONING_DEFAULTS: dict[object, dict[str, object]] = {
+    "VP": {"model_type": "SongUNet"},
+    "VE": {"model_type": "SongUNet", "sigma_min": 0.02, "sigma_max": 100.0},
+}
+_NOT_THE_NETWORK = {
+    *("preconditioning", "model_type", "sigma_min", "sigma_max", "sigma_data"),
+    *("beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "M"),
+}
+_OWN_ARGUMENTS = {
+    "EDM": ("sigma_min", "sigma_max", "sigma_data"),
+    "VP": ("beta_d", "beta_min", "M", "epsilon_t"),
+    "VE": ("sigma_min", "sigma_max"),
+    "iDDPM": ("C_1", "C_2", "M"),
+}
+"""Each published constructor's own arguments in order, between use_fp16 and model_type."""
+_COMMON_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16")
 _IGNORED_ARGUMENTS = frozenset(("use_fp16",))
 """Published arguments without effect here: use_fp16 is about speed on a GPU, not about results."""
 _SAMPLED_SIGMA_MIN = 0.002
@@ -57,12 +68,26 @@ class Config(BaseModel):
     """Colour channels: 3 for RGB, 1 for grey."""
     label_dim: int = Field(default=0, ge=0)
     """Number of classes; 0 = unconditional."""
+    preconditioning: Literal["EDM", "VP", "VE", "iDDPM"] = "EDM"
+    """Column of EDM's Table 1 that scales the network's input and output."""
     sigma_min: float = Field(default=0.0, ge=0.0)
     """Smallest noise level, in pixel units; 0 = no limit, sampled from 0.002 up."""
     sigma_max: float | None = Field(default=None, gt=0.0)
     """Largest noise level, in pixel units; nothing = no limit (infinity), sampled from 80 down."""
     sigma_data: float = Field(default=0.5, gt=0.0)
     """Expected standard deviation of the training images, in pixel units."""
+    beta_d: float = Field(default=19.9, gt=0.0)
+    """VP only. Extent of the noise schedule."""
+    beta_min: float = Field(default=0.1, gt=0.0)
+    """VP only. Initial slope of the noise schedule."""
+    epsilon_t: float = Field(default=1e-5, gt=0.0, lt=1.0)
+    """VP only. Smallest time of training, which gives the smallest noise level."""
+    C_1: float = Field(default=0.001, gt=0.0)
+    """iDDPM only. Lower limit of the ratio of successive alpha_bar."""
+    C_2: float = Field(default=0.008, gt=0.0)
+    """iDDPM only. Offset of the cosine schedule."""
+    M: int = Field(default=1000, gt=1)
+    """VP and iDDPM only. Number of time steps in training."""
     model_type: Literal["SongUNet", "DhariwalUNet"] = "DhariwalUNet"
     """SongUNet: DDPM++ and NCSN++. DhariwalUNet: ADM."""
 
@@ -99,6 +124,7 @@ class Config(BaseModel):
     def _with_published_defaults(cls, values: object) -> object:
         if not isinstance(values, Mapping):
             return values
+        values = {**_PRECONDITIONING_DEFAULTS.get(values.get("preconditioning"), {}), **values}
         defaults = _SONG_DEFAULTS if values.get("model_type") == "SongUNet" else {}
         # JSON has no infinity, so the open end of the range is written as nothing.
         unlimited = {"sigma_max": None} if values.get("sigma_max") == math.inf else {}
@@ -124,6 +150,15 @@ class Config(BaseModel):
         if self.sigma_max is not None and self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
         return self
+
+
+class Coefficients(NamedTuple):
+    """What preconditioning multiplies by, [N, 1, 1, 1] or a number, and c_noise, [N]."""
+
+    c_skip: Tensor | float
+    c_out: Tensor
+    c_in: Tensor | float
+    c_noise: Tensor
 
 
 class EDMDenoiser(nn.Module):
@@ -162,14 +197,23 @@ class EDMDenoiser(nn.Module):
         )
         augment_labels = self._augment_labels(noisy, augment_labels)
         noisy, sigma = noisy.float(), sigma.float()
-        level = sigma[:, None, None, None]
+        c = self._coefficients(sigma, sigma[:, None, None, None])
+        output = self.model(c.c_in * noisy, c.c_noise, self._one_hot(noisy, labels), augment_labels)
+        return c.c_skip * noisy + c.c_out * output[:, : self.image_shape[0]].float()
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """Return the nearest noise levels that the network knows, of sigma's shape and dtype."""
+        return sigma
+
+    def _coefficients(self, sigma: Tensor, level: Tensor) -> Coefficients:
+        """Return Table 1's column for sigma [N], and the same as level [N, 1, 1, 1]."""
         variance = level.square() + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = level * self.sigma_data * variance.rsqrt()
-        c_in = variance.rsqrt()
-        c_noise = sigma.log() / 4
-        residual = self.model(c_in * noisy, c_noise, self._one_hot(noisy, labels), augment_labels)
-        return c_skip * noisy + c_out * residual.float()
+        return Coefficients(
+            c_skip=self.sigma_data**2 / variance,
+            c_out=level * self.sigma_data * variance.rsqrt(),
+            c_in=variance.rsqrt(),
+            c_noise=sigma.log() / 4,
+        )
 
     def _one_hot(self, noisy: Tensor, labels: Tensor | None) -> Tensor | None:
         if self.num_classes == 0:
@@ -195,13 +239,86 @@ class EDMDenoiser(nn.Module):
         return augment_labels
 
 
+class VPDenoiser(EDMDenoiser):
+    """The variance preserving column of Table 1: DDPM++ of Song et al. 2021."""
+
+    def __init__(self, network: nn.Module, config: Config) -> None:
+        super().__init__(network, config)
+        times = torch.tensor([config.epsilon_t, 1.0])
+        exponent = 0.5 * config.beta_d * times.square() + config.beta_min * times
+        self.sigma_min, self.sigma_max = (exponent.exp() - 1).sqrt().tolist()
+
+    def _coefficients(self, sigma: Tensor, level: Tensor) -> Coefficients:
+        beta_d, beta_min = self.config.beta_d, self.config.beta_min
+        # t(sigma), the inverse of sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1.
+        root = (beta_min**2 + 2 * beta_d * (1 + sigma.square()).log()).sqrt()
+        time = (root - beta_min) / beta_d
+        c_in = (level.square() + 1).rsqrt()
+        return Coefficients(1.0, -level, c_in, (self.config.M - 1) * time)
+
+
+class VEDenoiser(EDMDenoiser):
+    """The variance exploding column of Table 1: NCSN++ of Song et al. 2021."""
+
+    def _coefficients(self, sigma: Tensor, level: Tensor) -> Coefficients:
+        return Coefficients(1.0, level, 1.0, (sigma / 2).log())
+
+
+class IDDPMDenoiser(EDMDenoiser):
+    """The iDDPM column of Table 1 (Nichol & Dhariwal 2021, and ADM): M noise levels, kept as u.
+
+    The network's second C channels, a variance, are not used.
+    """
+
+    u: Tensor
+
+    def __init__(self, network: nn.Module, config: Config) -> None:
+        super().__init__(network, config)
+        self.register_buffer("u", _iddpm_levels(config))
+        self.sigma_min, self.sigma_max = float(self.u[-2]), float(self.u[0])
+
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """Return the nearest noise levels that the network knows, of sigma's shape and dtype."""
+        return self.u[self._nearest(sigma)].to(sigma)
+
+    def _coefficients(self, sigma: Tensor, level: Tensor) -> Coefficients:
+        c_noise = (self.config.M - 1 - self._nearest(sigma)).to(sigma)
+        return Coefficients(1.0, -level, (level.square() + 1).rsqrt(), c_noise)
+
+    def _nearest(self, sigma: Tensor) -> Tensor:
+        return (sigma.to(self.u)[..., None] - self.u).abs().argmin(-1)
+
+
+def _iddpm_levels(config: Config) -> Tensor:
+    """Return u [M + 1], from the largest noise level to u_M = 0 (EDM, Table 1, iDDPM)."""
+    steps = torch.arange(config.M + 1)
+    alpha_bar = (0.5 * math.pi * steps / config.M / (config.C_2 + 1)).sin().square()
+    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=config.C_1)
+    levels = [torch.zeros(())]
+    for ratio in ratios.flip(0):
+        levels.append(((levels[-1].square() + 1) / ratio - 1).sqrt())
+    return torch.stack(levels).flip(0)
+
+
+_DENOISERS: dict[str, type[EDMDenoiser]] = {
+    "EDM": EDMDenoiser,
+    "VP": VPDenoiser,
+    "VE": VEDenoiser,
+    "iDDPM": IDDPMDenoiser,
+}
+
+
 def build(config: Config) -> EDMDenoiser:
     """Return a denoiser with freshly initialised weights."""
+    out_channels = config.img_channels * (2 if config.preconditioning == "iDDPM" else 1)
     if config.model_type == "SongUNet":
-        network = SongUNet(**config.model_dump(exclude=_NOT_THE_NETWORK))
+        network = SongUNet(out_channels=out_channels, **config.model_dump(exclude=_NOT_THE_NETWORK))
     else:
-        network = DhariwalUNet(**config.model_dump(exclude=_NOT_THE_NETWORK | _SONG_ONLY))
-    return EDMDenoiser(network, config)
+        network = DhariwalUNet(
+            out_channels=out_channels,
+            **config.model_dump(exclude=_NOT_THE_NETWORK | _SONG_ONLY),
+        )
+    return _DENOISERS[config.preconditioning](network, config)
 
 
 def from_record(record: NetworkRecord) -> Config | None:
@@ -209,9 +326,12 @@ def from_record(record: NetworkRecord) -> Config | None:
 
     Raises UserError where the class is EDM's but its arguments are not.
     """
-    if record.class_name != "EDMPrecond":
+    preconditioning = record.class_name.removesuffix("Precond")
+    if record.class_name == preconditioning or preconditioning not in _OWN_ARGUMENTS:
         return None
-    arguments = record.named_arguments(*_POSITIONAL_ARGUMENTS)
+    own = _OWN_ARGUMENTS[preconditioning]
+    arguments = record.named_arguments(*_COMMON_ARGUMENTS, *own, "model_type")
+    arguments = {**arguments, "preconditioning": preconditioning}
     kept = {name: value for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS}
     try:
         return Config.model_validate(kept)
@@ -220,5 +340,6 @@ def from_record(record: NetworkRecord) -> Config | None:
             f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors()
         )
         raise UserError(
-            f"EDMPrecond network with arguments that EDM's constructor does not take: {problems}"
+            f"{record.class_name} network with arguments that its constructor does not take: "
+            f"{problems}"
         ) from error

@@ -14,7 +14,10 @@ from core.pickles import NetworkRecord
 from teachers.edm import Config, EDMDenoiser, build, from_record
 
 FOLDER = Path(__file__).parent / "goldens"
-NAMES = ("edm-ddpmpp-cond10-16", "edm-ncsnpp-16", "edm-adm-cond7-16")
+NAMES = (
+    *("edm-ddpmpp-cond10-16", "edm-ncsnpp-16", "edm-adm-cond7-16"),
+    *("vp-ddpmpp-16", "ve-ncsnpp-16", "iddpm-adm-16"),
+)
 TOLERANCE = 1e-4
 """Largest difference, as a fraction of the largest expected value."""
 

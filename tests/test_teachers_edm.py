@@ -311,8 +311,9 @@ def test_noise_range_is_the_sampling_range_where_the_published_one_is_open() -> 
 
 
 def test_records_of_other_classes_are_left_to_other_families() -> None:
-    """A VPPrecond pickle is not an EDM network."""
-    assert from_record(NetworkRecord("VPPrecond", positional=(32, 3))) is None
+    """An EDM2 pickle (Precond), or a class named like a column alone, is not an EDM network."""
+    assert from_record(NetworkRecord("Precond", positional=(32, 3))) is None
+    assert from_record(NetworkRecord("VP", positional=(32, 3))) is None
 
 
 def test_record_with_foreign_arguments_is_a_user_error() -> None:
