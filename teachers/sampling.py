@@ -47,15 +47,18 @@ def heun(
     """Return images [N, C, H, W] float32, about [-1, 1], without graph (EDM, Algorithm 1).
 
     latents: [N, C, H, W] unit normal. labels: [N] int64 or None. Puts the range inside the
-    denoiser's own, makes 2 steps - 1 network passes, adds the steps up in float64. Put the denoiser
-    in eval mode first.
+    denoiser's own and each level where the denoiser rounds it to (`round_sigma`), makes
+    2 steps - 1 network passes, adds the steps up in float64. Put the denoiser in eval mode first.
     """
-    sigmas = sigma_steps(
+    levels = sigma_steps(
         steps,
         sigma_min=max(sigma_min, denoiser.sigma_min),
         sigma_max=min(sigma_max, denoiser.sigma_max),
         rho=rho,
-    ).tolist()
+    )
+    if hasattr(denoiser, "round_sigma"):  # to those that the network knows
+        levels[:-1] = denoiser.round_sigma(levels[:-1].to(latents.device)).cpu()
+    sigmas = levels.tolist()
     images = latents.double() * sigmas[0]
     for sigma, next_sigma in pairwise(sigmas):
         slope = _slope(denoiser, images, labels, sigma=sigma)

@@ -101,3 +101,27 @@ def test_empty_schedules_are_refused(settings: dict[str, float]) -> None:
     """No steps, or a range upside down, is an error."""
     with pytest.raises(ValueError, match=r"steps is 0|sigma_min 9"):
         sigma_steps(**settings)
+
+
+def test_levels_are_put_where_the_denoiser_knows_them() -> None:
+    """Each step is taken between levels that `round_sigma` gave, and the last one ends at 0."""
+
+    class Rounding(torch.nn.Module):
+        image_shape, num_classes, sigma_min, sigma_max = (1, 2, 2), 0, 0.01, 50.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.met: set[float] = set()
+
+        def round_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
+            return sigma.log2().round().exp2()
+
+        def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, labels=None) -> torch.Tensor:
+            self.met.update(sigma.tolist())
+            return torch.zeros_like(noisy)
+
+    denoiser = Rounding()
+    images = heun(denoiser, torch.randn(2, 1, 2, 2), steps=6)
+    assert len(denoiser.met) == 6
+    assert all(float(torch.tensor(sigma).log2()) % 1 == 0 for sigma in denoiser.met)
+    assert torch.equal(images, torch.zeros_like(images))

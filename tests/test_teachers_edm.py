@@ -310,6 +310,32 @@ def test_noise_range_is_the_sampling_range_where_the_published_one_is_open() -> 
     assert (closed.sigma_min, closed.sigma_max) == (0.01, 100.0)
 
 
+@pytest.mark.parametrize(
+    ("preconditioning", "sigma_min", "sigma_max"),
+    [("VP", 9.8e-4, 152.17), ("VE", 0.02, 100.0), ("iDDPM", 6.42e-3, 20291.2)],
+)
+def test_noise_ranges_are_those_of_table_1(
+    preconditioning: str, sigma_min: float, sigma_max: float
+) -> None:
+    """VP: sigma(epsilon_t) to sigma(1). VE: 0.02 to 100. iDDPM: u_{M-1} to u_0 (appendix C)."""
+    denoiser = tiny_denoiser(preconditioning=preconditioning, sigma_min=0.02, sigma_max=100.0)
+    assert denoiser.sigma_min == pytest.approx(sigma_min, rel=1e-2)
+    assert denoiser.sigma_max == pytest.approx(sigma_max, rel=1e-4)
+
+
+def test_iddpm_knows_its_own_noise_levels_alone() -> None:
+    """round_sigma gives the nearest u_j, and the network sees equal inputs at both."""
+    denoiser = tiny_denoiser(preconditioning="iDDPM")
+    level = denoiser.u[500]
+    near = (level * 1.0001)[None]
+    assert torch.equal(denoiser.round_sigma(near), level[None])
+    assert torch.equal(denoiser.round_sigma(denoiser.u), denoiser.u)
+    x = torch.randn(1, 1, 8, 8)
+    difference = denoiser(x, near) - denoiser(x, level[None])
+    assert 0 < difference.abs().max() < 1e-3 * x.abs().max()  # c_in and c_out move, c_noise not
+    assert torch.equal(tiny_denoiser().round_sigma(near), near)
+
+
 def test_records_of_other_classes_are_left_to_other_families() -> None:
     """An EDM2 pickle (Precond), or a class named like a column alone, is not an EDM network."""
     assert from_record(NetworkRecord("Precond", positional=(32, 3))) is None
