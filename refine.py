@@ -256,10 +256,11 @@ def _weights_of(extractor: str) -> str | None:
 
 
 def _whereabouts(source: str) -> str:
+    source = found(source)
     if source.startswith(("http://", "https://")):
         kept = cache_path(source)
         return f"{source}, {'kept at' if kept.exists() else 'to be downloaded to'} {kept}"
-    path = Path(found(source))
+    path = Path(source)
     return f"{path} ({path.stat().st_size:,} bytes)" if path.exists() else f"{path} (MISSING)"
 
 

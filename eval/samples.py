@@ -32,6 +32,8 @@ class Config(Section):
     """
     teacher: str | None = None
     """The teacher's own samples, for the report: "sample", or their statistics (.npz); null: no."""
+    teacher_steps: int = Field(default=18, ge=1)
+    """Steps of the teacher's sampler; EDM takes 18 at 32x32 and 40 at 64x64."""
     extractor: str = "inception"
     """What features the FID compares: inception, mnist32, pixels or a classifier's weights file."""
     images: int = Field(default=50_000, ge=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -44,11 +45,11 @@ class Parts:
     teacher_samples: reference.Reference | None = None
     """Statistics of the teacher's own samples, where the recipe asks for them."""
 
-    @property
-    def teacher_images(self) -> samples.ImagesOf:
+    def teacher_images(self, settings: samples.Config) -> samples.ImagesOf:
         """Return a function from seeds to the teacher's own samples."""
         device = next(self.teacher.parameters()).device
-        return samples.teacher_images(self.teacher, sampling.heun, device=device)
+        sampler = partial(sampling.heun, steps=settings.teacher_steps)
+        return samples.teacher_images(self.teacher, sampler, device=device)
 
 
 def load_parts(recipe: Recipe, world: World) -> Parts:
@@ -89,6 +90,8 @@ def _network(folder: str, section: NetworkSection, *, seed: int) -> nn.Module:
     if section.weights is None:
         torch.manual_seed(seed)
         return plugins.load(folder, cast(str, section.family)).build(family_config(folder, section))
+    if folder == "teachers" and teachers.located(section.weights) != section.weights:
+        _log.info("%s: %s", section.weights, teachers.LICENCE)
     path = local_file(found(section.weights), sha256=section.sha256)
     loaded = {"generators": generators.load, "teachers": teachers.load}[folder](path)
     family = networks.family_of(cast(nn.Module, loaded))
@@ -171,7 +174,7 @@ def _sampled(
 ) -> reference.Reference:
     _log.info("sampling %d images of the teacher", settings.images)
     made = samples.generated_statistics(
-        parts.teacher_images,
+        parts.teacher_images(settings),
         range(settings.images),
         extractor,
         batch_size=settings.batch_size,
@@ -183,6 +186,11 @@ def _sampled(
 
 
 def found(source: str) -> str:
-    """Return a relative path as one that exists: from where the user is, else from this project."""
+    """Return a relative path as one that exists: from where the user is, else from this project.
+
+    The short name of a published teacher is its URL.
+    """
+    if source in teachers.CATALOGUE:
+        return teachers.CATALOGUE[source]
     beside = ROOT / source
     return str(beside) if not Path(source).exists() and beside.exists() else source

@@ -35,7 +35,8 @@ class NetworkSection(Section):
     family: str | None = None
     """Plug-in of generators/ or teachers/; null: as the weights file says."""
     weights: str | None = None
-    """Path (absolute, or relative to where you are) or URL of an NVIDIA pickle or our safetensors.
+    """Path (absolute, or relative to where you are) or URL of an NVIDIA pickle or our safetensors;
+    a published teacher's short name, such as edm-cifar10-32x32-uncond-vp.
     """
     sha256: str | None = None
     """Expected SHA-256 of the weights file; null: not checked."""

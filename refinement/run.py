@@ -123,7 +123,7 @@ def finish(run: Run) -> report.Report:
             student,
             count=evaluation.pairs,
             device=run.world.device,
-            teacher=run.parts.teacher_images if _starts_from_noise(run) else None,
+            teacher=run.parts.teacher_images(evaluation) if _starts_from_noise(run) else None,
         )
         report.write(run.folder.report, made, pairs)
     return made

@@ -9,12 +9,17 @@ from typing import cast
 
 from core import networks
 from core.protocols import Denoiser
+from teachers._catalogue import CATALOGUE, LICENCE, located
+
+__all__ = ["CATALOGUE", "LICENCE", "load", "located"]
 
 
 def load(source: str | Path) -> Denoiser:
-    """Return the denoiser of a path or URL, in eval mode on the CPU.
+    """Return the denoiser of a path, a URL or a short name, in eval mode on the CPU.
 
-    Takes an EDM pickle (its ema), read as data, or our own safetensors; recognised by content.
-    Raises core.errors.UserError where the file cannot be read or holds no denoiser.
+    Short names are those of published files, such as edm-cifar10-32x32-uncond-vp: `CATALOGUE`.
+    Takes an EDM or EDM2 pickle (its ema), read as data, or our own safetensors; recognised by
+    content. Raises core.errors.UserError where the file cannot be read or holds no denoiser.
     """
+    source = located(source) if isinstance(source, str) else source
     return cast(Denoiser, networks.load("teachers", source, records=("ema",)))

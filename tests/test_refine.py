@@ -118,6 +118,18 @@ def test_the_refined_weights_measure_as_the_report_says(finished: Finished) -> N
     assert list(fid.values) == pytest.approx(document["after"]["fid"]["values"], rel=1e-6)
 
 
+def test_the_teacher_is_sampled_once_with_the_steps_of_the_recipe(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Other steps, other samples; a new report reads those of the run's folder."""
+    outdir = tmp_path / "runs"
+    call("--gan", finished.recipe, "--outdir", outdir, "evaluation.teacher_steps=2")
+    kept = RunFolder(outdir / "00000-tiny").teacher_samples.read_bytes()
+    assert kept != finished.folder.teacher_samples.read_bytes()
+    again = call("--report", outdir / "00000-tiny")
+    assert again.code == 0 and "sampling" not in again.stderr
+
+
 def test_the_refined_weights_make_the_images_of_the_picture(finished: Finished) -> None:
     """The report's picture, pixel for pixel, is what the student before and after makes."""
     recipe = read_recipe(finished.recipe)
