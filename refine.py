@@ -165,9 +165,8 @@ def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
     recipe = read_recipe(Path(found(files[0])) if files else EMBEDDED[mode], overrides)
     distils = recipe.student.family == "one_step_edm"
     if distils != (mode == "distill"):
-        right = "--distill" if distils else "--gan"
-        family = recipe.student.family or "GAN"
-        raise UserError(f"the student of this recipe is a {family}: run it with {right}")
+        right = "one_step_edm: run it with --distill" if distils else "a GAN: run it with --gan"
+        raise UserError(f"the student of this recipe is {right}")
     return recipe
 
 

@@ -41,9 +41,9 @@ class Source:
     def __str__(self) -> str:
         """Return all of it as a sentence for a log."""
         if self.record is None:
-            return f"{self.path}: a {self.family} network in our format"
+            return f"{self.path}: {self.family} network in our format"
         others = f"also in it: {', '.join(self.beside)}" if self.beside else "nothing else in it"
-        return f"{self.path}: its {self.record}, a {self.family} network; {others}"
+        return f"{self.path}: its {self.record}, {self.family} network; {others}"
 
 
 class Opened(NamedTuple):
@@ -70,7 +70,7 @@ def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Ope
     file = weights.read(local_file(source))
     if isinstance(file, SavedNetwork):
         if file.family not in plugins.names(folder):
-            raise _unknown(folder, f"a {file.family} network", file.path)
+            raise _unknown(folder, f"{file.family} weights", file.path)
         network = _rebuilt(folder, file.family, file.config, file.tensors, path=file.path)
         return Opened(network, Source(file.path, file.sha256, file.family))
     name = next((name for name in records if name in file.records), records[0])

@@ -97,7 +97,7 @@ def _network(folder: str, section: NetworkSection, *, seed: int) -> nn.Module:
     family = networks.family_of(cast(nn.Module, loaded))
     if section.family not in (None, family):
         raise UserError(
-            f"{section.weights} holds a {family} network, the recipe says {section.family}"
+            f"{section.weights} holds {family} weights, the recipe says {section.family}"
         )
     return cast(nn.Module, loaded)
 

@@ -392,8 +392,8 @@ def test_loading_says_what_was_taken_and_what_else_is_there(snapshot, tmp_path, 
     networks.save(tmp_path / "ours", network)
     generators.load(tmp_path / "ours")
     assert [record.getMessage() for record in caplog.records] == [
-        f"{snapshot}: its G_ema, a stylegan2 network; also in it: G, D, training_set_kwargs",
-        f"{tmp_path / 'ours'}: a stylegan2 network in our format",
+        f"{snapshot}: its G_ema, stylegan2 network; also in it: G, D, training_set_kwargs",
+        f"{tmp_path / 'ours'}: stylegan2 network in our format",
     ]
 
 

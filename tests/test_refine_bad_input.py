@@ -184,7 +184,7 @@ def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
     """A student's file given as the teacher is named as what it is."""
     whole(tmp_path / "net.pkl")
     sentence = refused(tmp_path, f"teacher={{weights: '{tmp_path / 'net.pkl'}'}}")
-    assert f"{tmp_path / 'net.pkl'} holds a stylegan2 network" in sentence and "edm" in sentence
+    assert f"{tmp_path / 'net.pkl'} holds stylegan2 weights" in sentence and "edm" in sentence
 
 
 def test_weights_of_another_checksum_are_refused(tmp_path: Path) -> None:
