@@ -7,7 +7,7 @@ reuse: a class is a `Student` because it has the members, not because it says so
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor, nn
@@ -56,25 +56,17 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class Networks:
-    """The three networks of a run. The teacher is frozen and in eval mode, always."""
+    """The networks of a run; a bare `nn.Module` stands for one that it does without.
 
-    student: nn.Module
-    score: nn.Module
-    teacher: nn.Module
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: what the student is fed, and the random numbers that belong to these
-    samples.
+    The student learns: a generator from the teacher, or a denoiser from real images.
     """
 
-    latents: Tensor
-    """[N, *latent_shape] float32, unit normal."""
-    labels: Tensor | None
-    """[N] int64, or None where the student is unconditional."""
-    draws: Draws
-    """Every other random number of these samples, by purpose."""
+    student: nn.Module
+    score: nn.Module = field(default_factory=nn.Module)
+    teacher: nn.Module = field(default_factory=nn.Module)
+    """Frozen and in eval mode, always."""
+    adapter: nn.Module = field(default_factory=nn.Identity)
+    """From the student's images to those that teacher and score know; no parameters."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,8 @@ class Phase:
 
     name: str
     trains: tuple[TrainedNetwork, ...]
-    loss: Callable[[Networks, Batch], LossOutput]
+    loss: Callable[[Networks, Draws], LossOutput]
+    """From the networks and the random numbers of some samples to their losses."""
     repeats: int = 1
     starts_at: int = 0
     """Images seen before which the phase is left out."""

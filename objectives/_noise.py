@@ -1,5 +1,5 @@
-"""Laws that the noise level sigma is drawn from, in pixel units, each as a function of uniform or
-normal draws.
+"""Noise and the loss of removing it: laws that the noise level sigma is drawn from, in pixel units,
+and EDM's weighted denoising loss.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from core.config import Section
+from core.protocols import LossOutput
 from core.randomness import Draws
 
 
@@ -70,3 +71,18 @@ def column(sigma: Tensor) -> Tensor:
 def add_noise(images: Tensor, sigma: Tensor, draws: Draws, purpose: str) -> Tensor:
     """Return images + sigma n with n unit normal: [N, C, H, W]; sigma: [N]."""
     return images + column(sigma) * draws.normal(purpose, tuple(images.shape[1:]))
+
+
+def denoising_loss(
+    denoised: Tensor, images: Tensor, sigma: Tensor, *, sigma_data: float
+) -> LossOutput:
+    """Return lambda(sigma) |D(x + sigma n; sigma) - x|^2 summed over pixels, [N]; its reading is
+    per pixel.
+    """
+    loss = edm_weight(sigma, sigma_data=sigma_data) * (denoised - images).square().flatten(1).sum(1)
+    return LossOutput(loss, {"score_loss": loss.detach().mean() / images[0].numel()})
+
+
+def edm_weight(sigma: Tensor, *, sigma_data: float) -> Tensor:
+    """Return lambda(sigma) = (sigma^2 + s^2) / (sigma s)^2, s = sigma_data (EDM, Table 1), [N]."""
+    return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config import Section
-from core.protocols import Batch, LossOutput, Networks, Phase
-from objectives._noise import LogNormal, SigmaLaw, add_noise, column
+from core.distributed import unwrap
+from core.protocols import LossOutput, Networks, Phase, Student
+from core.randomness import Draws
+from objectives._noise import LogNormal, SigmaLaw, add_noise, column, denoising_loss, edm_weight
 
 Weighting = Literal["sigma_squared", "edm", "uniform", "dmd"]
 
@@ -77,76 +79,82 @@ def build(config: Config) -> DiffInstruct:
     return DiffInstruct(config)
 
 
-def score_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutput:
-    """Return EDM's denoising loss of the score network on the student's images (EDM, Eq. 2 and
-    Table 1).
+class Made(NamedTuple):
+    """What the student made, as the teacher sees it."""
 
+    images: Tensor
+    """[N, C, H, W]"""
+    labels: Tensor | None
+    """[N] int64, or None where it is unconditional."""
+
+
+def make(networks: Networks, draws: Draws) -> Made:
+    """Return the student's images of drawn latents and labels."""
+    student = cast(Student, unwrap(networks.student))
+    latents = draws.normal("latents", student.latent_shape)
+    labels = draws.integers("labels", student.num_classes) if student.num_classes else None
+    return Made(networks.adapter(networks.student(latents, labels)), labels)
+
+
+def score_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
+    """Return EDM's denoising loss of the score network on the student's images (EDM, Eq. 2 and
+    Table 1), [N].
     """
     with torch.no_grad():
-        images = networks.student(batch.latents, batch.labels)
-    sigma = (config.score_sigma or config.sigma).draw(batch.draws, "sigma")
-    noisy = add_noise(images, sigma, batch.draws, "noise")
-    denoised = networks.score(noisy, sigma, batch.labels)
+        images, labels = make(networks, draws)
+    sigma = (config.score_sigma or config.sigma).draw(draws, "sigma")
+    noisy = add_noise(images, sigma, draws, "noise")
+    denoised = networks.score(noisy, sigma, labels)
     return denoising_loss(denoised, images, sigma, sigma_data=config.sigma_data)
 
 
-def student_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutput:
+def student_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
     """Return the surrogate of the Integral KL divergence, [N]; only its gradient has a meaning."""
-    images = networks.student(batch.latents, batch.labels)
-    sigma = config.sigma.draw(batch.draws, "sigma")
-    noisy = add_noise(images.detach(), sigma, batch.draws, "noise")
+    made = make(networks, draws)
+    sigma = config.sigma.draw(draws, "sigma")
+    noisy = add_noise(made.images.detach(), sigma, draws, "noise")
     with torch.no_grad():
-        denoised = networks.score(noisy, sigma, batch.labels)
-    return _surrogate(images, denoised, noisy, sigma, networks, batch, config=config)
+        denoised = networks.score(noisy, sigma, made.labels)
+    return _surrogate(made, denoised, noisy, sigma, networks.teacher, config=config)
 
 
-def shared_loss(networks: Networks, batch: Batch, *, config: Config) -> LossOutput:
+def shared_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
     """Return the sum of both phases' losses on the same images, noise and score pass, [N].
 
     The score network learns from the first term alone and the student from the second alone, so
     the gradient of the sum is both. The student meets the score of before this step.
     """
-    images = networks.student(batch.latents, batch.labels)
-    sigma = config.sigma.draw(batch.draws, "sigma")
-    noisy = add_noise(images.detach(), sigma, batch.draws, "noise")
-    denoised = networks.score(noisy, sigma, batch.labels)
-    score = denoising_loss(denoised, images.detach(), sigma, sigma_data=config.sigma_data)
-    student = _surrogate(images, denoised.detach(), noisy, sigma, networks, batch, config=config)
+    made = make(networks, draws)
+    images = made.images.detach()
+    sigma = config.sigma.draw(draws, "sigma")
+    noisy = add_noise(images, sigma, draws, "noise")
+    denoised = networks.score(noisy, sigma, made.labels)
+    score = denoising_loss(denoised, images, sigma, sigma_data=config.sigma_data)
+    student = _surrogate(made, denoised.detach(), noisy, sigma, networks.teacher, config=config)
     return LossOutput(score.per_image + student.per_image, {**score.readings, **student.readings})
 
 
-def denoising_loss(
-    denoised: Tensor, images: Tensor, sigma: Tensor, *, sigma_data: float
-) -> LossOutput:
-    """Return lambda(sigma) |D(x + sigma n; sigma) - x|^2 summed over pixels, [N]; its reading is
-    per pixel.
-    """
-    loss = edm_weight(sigma, sigma_data=sigma_data) * (denoised - images).square().flatten(1).sum(1)
-    return LossOutput(loss, {"score_loss": loss.detach().mean() / images[0].numel()})
-
-
 def _surrogate(
-    images: Tensor,
+    made: Made,
     score_denoised: Tensor,
     noisy: Tensor,
     sigma: Tensor,
-    networks: Networks,
-    batch: Batch,
+    teacher: nn.Module,
     *,
     config: Config,
 ) -> LossOutput:
     """Return the images times their pull, [N]: its gradient by the images is the pull."""
     with torch.no_grad():
-        teacher_denoised = networks.teacher(noisy, sigma, batch.labels)
+        teacher_denoised = teacher(noisy, sigma, made.labels)
     pull = ikl_pull(
-        images.detach(),
+        made.images.detach(),
         score_denoised,
         teacher_denoised,
         sigma,
         weighting=config.weighting,
         sigma_data=config.sigma_data,
     )
-    loss = (pull * images).flatten(1).sum(1)
+    loss = (pull * made.images).flatten(1).sum(1)
     return LossOutput(loss, {"pull": pull.square().mean((1, 2, 3)).sqrt().mean()})
 
 
@@ -176,11 +184,6 @@ def ikl_pull(
         distance = (images - teacher_denoised).abs().mean((1, 2, 3))
         return difference / column(distance.clamp_min(1e-8))
     return column(_WEIGHTS[weighting](sigma, sigma_data)) * difference
-
-
-def edm_weight(sigma: Tensor, *, sigma_data: float) -> Tensor:
-    """Return lambda(sigma) = (sigma^2 + s^2) / (sigma s)^2, s = sigma_data (EDM, Table 1), [N]."""
-    return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
 
 
 _WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {

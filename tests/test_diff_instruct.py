@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from core.distributed import World
-from core.protocols import Batch, LossOutput, Networks
+from core.protocols import LossOutput, Networks
 from core.randomness import Draws
 from core.run_folder import RunFolder
-from objectives._noise import LogNormal, add_noise, column
+from objectives._noise import LogNormal, add_noise, column, edm_weight
 from objectives.diff_instruct import (
     Config,
     Weighting,
     build,
-    edm_weight,
     ikl_pull,
+    make,
     score_loss,
     shared_loss,
     student_loss,
@@ -109,9 +109,8 @@ def exact_networks() -> Networks:
     )
 
 
-def batch(count: int, *, seed: int = 0, latent_shape: tuple[int, ...] = (PIXELS,)) -> Batch:
-    draws = Draws(seed, images_seen=0, first=0, count=count, device=CPU)
-    return Batch(draws.normal("latents", latent_shape), None, draws)
+def batch(count: int, *, seed: int = 0) -> Draws:
+    return Draws(seed, images_seen=0, first=0, count=count, device=CPU)
 
 
 class Draw(NamedTuple):
@@ -122,10 +121,10 @@ class Draw(NamedTuple):
     noisy: Tensor
 
 
-def drawn(networks: Networks, samples: Batch, config: Config) -> Draw:
-    images = networks.student(samples.latents, samples.labels).detach()
-    sigma = config.sigma.draw(samples.draws, "sigma")
-    return Draw(images, sigma, add_noise(images, sigma, samples.draws, "noise"))
+def drawn(networks: Networks, samples: Draws, config: Config) -> Draw:
+    images = make(networks, samples).images.detach()
+    sigma = config.sigma.draw(samples, "sigma")
+    return Draw(images, sigma, add_noise(images, sigma, samples, "noise"))
 
 
 def score(network: gaussian.GaussianMixture, noisy: Tensor, sigma: Tensor) -> Tensor:
@@ -201,7 +200,7 @@ def test_average_gradient_is_that_of_the_integral_kl(weighting: Weighting) -> No
     student = networks.student
     for found, wanted, terms in (
         (student.mean.grad, expected[0], pull),
-        (student.std.grad, expected[1], pull * samples.latents),
+        (student.std.grad, expected[1], pull * samples.normal("latents", (PIXELS,))),
     ):
         error = terms.std(0) / len(terms) ** 0.5
         assert ((found - wanted).abs() < 5 * error).all(), (found, wanted, error)
@@ -218,7 +217,7 @@ def test_a_student_that_is_the_teacher_feels_no_pull(weighting: Weighting) -> No
     teacher = edm.build(config).eval()
     student = nn.Sequential(nn.Linear(3, 64), nn.Unflatten(1, (1, 8, 8)))
     networks = Networks(_Unlabelled(student), copy.deepcopy(teacher), teacher)
-    samples = batch(4, latent_shape=(3,))
+    samples = batch(4)
     output = student_loss(networks, samples, config=Config(weighting=weighting))
     output.per_image.sum().backward()
     assert all(not parameter.grad.any() for parameter in student.parameters())
@@ -226,7 +225,9 @@ def test_a_student_that_is_the_teacher_feels_no_pull(weighting: Weighting) -> No
 
 
 class _Unlabelled(nn.Module):
-    """A student from any network of latents."""
+    """A student from any network of three latents."""
+
+    latent_shape, num_classes = (3,), 0
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -335,7 +336,7 @@ def test_loss_is_one_number_an_image_and_readings_are_means() -> None:
 def test_images_of_a_batch_do_not_meet() -> None:
     """The losses of a part of the samples are that part of the losses of all."""
     networks, whole = exact_networks(), batch(8)
-    part = Batch(whole.latents[3:6], None, whole.draws.part(3, 6))
+    part = whole.part(3, 6)
     for phase in build(Config()).phases:
         all_losses = phase.loss(networks, whole).per_image
         torch.testing.assert_close(phase.loss(networks, part).per_image, all_losses[3:6])
@@ -350,15 +351,15 @@ def test_every_network_is_given_the_labels() -> None:
     teacher = gaussian.build(config)
 
     class Student(DiagonalStudent):
+        num_classes = 2
+
         def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
             return (means[labels] + 0.5 * latents).view(-1, *SHAPE) + 0 * self.mean.view(SHAPE)
 
     networks = Networks(
         Student(STUDENT_MEAN, STUDENT_STD), copy.deepcopy(teacher), copy.deepcopy(teacher)
     )
-    unlabelled = batch(4000)
-    labels = unlabelled.draws.integers("labels", 2)
-    samples = Batch(unlabelled.latents, labels, unlabelled.draws)
+    samples = batch(4000)
     # At this noise no network could see the class in the image.
     settings = Config(sigma=LogNormal(mean=4, std=0), score_sigma=LogNormal(mean=4, std=0))
     loss = score_loss(networks, samples, config=settings).per_image / PIXELS

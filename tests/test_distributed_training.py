@@ -14,10 +14,12 @@ from torch import Tensor, multiprocessing, nn
 
 from core import distributed
 from core.distributed import World
-from core.protocols import Batch, LossOutput, Networks, Phase
+from core.protocols import LossOutput, Networks, Phase
+from core.randomness import Draws
 from core.run_folder import RunFolder
 from generators import stylegan2
 from objectives import diff_instruct
+from objectives.diff_instruct import make
 from teachers import edm, gaussian
 from training import checkpoint
 from training.loop import Config, Diverged, Interrupted, train
@@ -106,8 +108,8 @@ def weights(state: TrainState) -> dict[str, dict[str, Tensor]]:
 def _diverging(world: World, folder: RunFolder) -> str:
     """Return what rank's loop says where the loss of the last rank alone is not finite."""
 
-    def loss(networks: Networks, batch: Batch) -> LossOutput:
-        images = networks.student(batch.latents, batch.labels).flatten(1).sum(1)
+    def loss(networks: Networks, draws: Draws) -> LossOutput:
+        images = make(networks, draws).images.flatten(1).sum(1)
         return LossOutput(images * (float("nan") if world.rank == world.size - 1 else 1.0), {})
 
     return _message(loss, world, folder, stop=False)
@@ -116,8 +118,8 @@ def _diverging(world: World, folder: RunFolder) -> str:
 def _stopped(world: World, folder: RunFolder) -> str:
     """Return what a rank's loop says where the last rank alone is asked to stop."""
 
-    def loss(networks: Networks, batch: Batch) -> LossOutput:
-        return LossOutput(networks.student(batch.latents, batch.labels).flatten(1).sum(1), {})
+    def loss(networks: Networks, draws: Draws) -> LossOutput:
+        return LossOutput(make(networks, draws).images.flatten(1).sum(1), {})
 
     return _message(loss, world, folder, stop=world.rank == world.size - 1)
 

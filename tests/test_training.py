@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import Batch, LossOutput, Networks, Phase
+from core.protocols import LossOutput, Networks, Phase
+from core.randomness import Draws
 from core.run_folder import RunFolder
 from objectives import diff_instruct
 from teachers import gaussian
@@ -101,8 +102,8 @@ class Alone:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        def loss(networks: Networks, batch: Batch) -> LossOutput:
-            return LossOutput(self.loss(networks.student(batch.latents, batch.labels)), {})
+        def loss(networks: Networks, draws: Draws) -> LossOutput:
+            return LossOutput(self.loss(diff_instruct.make(networks, draws).images), {})
 
         return (Phase("only", ("student",), loss),)
 
@@ -212,9 +213,9 @@ def test_repeats_and_phases_draw_different_numbers(folder: RunFolder) -> None:
     """No latent occurs twice, within a round or from round to round."""
     latents = []
 
-    def loss(networks: Networks, batch: Batch) -> LossOutput:
-        latents.append(batch.latents)
-        return LossOutput(networks.student(batch.latents).flatten(1).sum(1), {})
+    def loss(networks: Networks, draws: Draws) -> LossOutput:
+        latents.append(draws.normal("latents", networks.student.latent_shape))
+        return LossOutput(networks.student(latents[-1]).flatten(1).sum(1), {})
 
     phases = (Phase("a", ("student",), loss, repeats=2), Phase("b", ("student",), loss))
     run(folder, objective=_Phases(phases), rounds=2, micro_batch_size=4)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import cast
 
 import torch
 from pydantic import Field, model_validator
@@ -24,12 +23,10 @@ from core.config import Section
 from core.distributed import World
 from core.errors import UserError
 from core.protocols import (
-    Batch,
     LossOutput,
     Networks,
     Objective,
     Phase,
-    Student,
     TrainedNetwork,
 )
 from core.randomness import Draws
@@ -122,7 +119,7 @@ def train(
         Every.kimg(config.checkpoint_every_kimg),
     )
     measuring = Every.kimg(measure_every_kimg)
-    trained = _wrapped(state.networks, world)
+    trained = _wrapped(state, world)
     with Status(folder, world, images_seen=state.images_seen, total_images=total) as status:
         while state.images_seen < total:
             before = state.images_seen
@@ -166,7 +163,7 @@ def update(
     outputs = []
     for index, part in enumerate(parts):
         with _synchronised(learning.values(), last=index == len(parts) - 1):
-            output = phase.loss(networks, _batch(part, state.networks))
+            output = phase.loss(networks, part)
             (output.per_image.sum() * (world.size / config.batch_size)).backward()
         outputs.append(LossOutput(output.per_image.detach(), output.readings))
     norms = _checked_norms(phase, learning, outputs, state.images_seen, world)
@@ -178,13 +175,12 @@ def update(
     return _mean_readings(outputs) | {f"{name}_gradient": norm for name, norm in norms.items()}
 
 
-def _wrapped(networks: Networks, world: World) -> Networks:
-    """Return the networks ready to be trained by several processes; the teacher stays as it is."""
-    return replace(
-        networks,
-        student=distributed.wrap(networks.student, world),
-        score=distributed.wrap(networks.score, world),
-    )
+def _wrapped(state: TrainState, world: World) -> Networks:
+    """Return the networks, those that an optimizer trains wrapped for several processes."""
+    trained = {
+        name: distributed.wrap(getattr(state.networks, name), world) for name in state.optimizers
+    }
+    return replace(state.networks, **trained)
 
 
 def _micro_batches(draws: Draws, config: Config, world: World) -> Iterator[Draws]:
@@ -193,12 +189,6 @@ def _micro_batches(draws: Draws, config: Config, world: World) -> Iterator[Draws
     size = config.micro_batch_size or len(share)
     for start in range(share.start, share.stop, size):
         yield draws.part(start, min(start + size, share.stop))
-
-
-def _batch(draws: Draws, networks: Networks) -> Batch:
-    student = cast(Student, networks.student)
-    labels = draws.integers("labels", student.num_classes) if student.num_classes else None
-    return Batch(draws.normal("latents", student.latent_shape), labels, draws)
 
 
 @contextmanager

@@ -64,11 +64,14 @@ def start(
 ) -> TrainState:
     """Return the state before the first image. Freezes the teacher."""
     networks.teacher.eval().requires_grad_(False)
-    networks.student.eval().requires_grad_(True)
-    networks.score.eval().requires_grad_(True)
+    learning: dict[TrainedNetwork, tuple[nn.Module, float]] = {
+        "student": (networks.student, student_lr),
+        "score": (networks.score, score_lr),
+    }
     optimizers: dict[TrainedNetwork, torch.optim.Optimizer] = {
-        "student": _optimizer(networks.student, student_lr, optimizer),
-        "score": _optimizer(networks.score, score_lr, optimizer),
+        name: _optimizer(network.eval().requires_grad_(True), lr, optimizer)
+        for name, (network, lr) in learning.items()
+        if any(True for _ in network.parameters())
     }
     ema = copy.deepcopy(networks.student).eval().requires_grad_(False)
     return TrainState(0, networks, ema, optimizers)
