@@ -4,6 +4,7 @@
     python refine.py --gan configs/gan/cifar10_uncond.yaml student.weights=mine.pkl training.seed=1
     torchrun --nproc_per_node=8 refine.py --gan …             the same on many GPUs
     python refine.py --distill                                a one-step generator of the teacher
+    python refine.py --teach configs/teach/small32.yaml objective.images=mine.zip   a teacher
     python refine.py --resume runs/00000-mnist32              go on where a run stopped
     python refine.py --report runs/00000-mnist32              make its report again
 
@@ -46,6 +47,11 @@ EMBEDDED = {
     "distill": ROOT / "configs" / "distill" / "mnist32.yaml",
 }
 """The recipe of a mode that is given none."""
+_STUDENTS = {
+    "gan": "a GAN",
+    "distill": "one_step_edm",
+    "teach": "a diffusion model that learns from images",
+}
 SCHEMA = ROOT / "configs" / "recipe.schema.json"
 _log = logging.getLogger("refine")
 
@@ -80,6 +86,9 @@ def _says(sentence: str) -> int:
     "mode",
     flag_value="distill",
     help="Distil a teacher to one step: the embedded one, or RECIPE.",
+)
+@click.option(
+    "--teach", "mode", flag_value="teach", help="Train a teacher on your own images: RECIPE."
 )
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
 @click.option(
@@ -119,6 +128,8 @@ def main(
         refines yours; any setting of the recipe can be given as KEY.PATH=VALUE
     python refine.py --distill
         makes a one-step generator of the embedded diffusion model
+    python refine.py --teach configs/teach/small32.yaml objective.images=mine.zip
+        trains a diffusion model on your own images, to be a teacher
     torchrun --nproc_per_node=8 refine.py --gan RECIPE.yaml
         the same on eight GPUs
     python refine.py --resume runs/00000-NAME
@@ -134,7 +145,8 @@ def main(
     chosen = [choice for choice in (mode, resume, again) if choice is not None]
     if len(chosen) != 1:
         raise UserError(
-            "give one of --gan, --distill, --resume RUN and --report RUN; --help explains them"
+            "give one of --gan, --distill, --teach, --resume RUN and --report RUN; "
+            "--help explains them"
         )
     earlier = resume or again
     if earlier is not None:
@@ -162,11 +174,16 @@ def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
             "then settings of the form key.path=value"
         )
     overrides = [argument for argument in arguments if "=" in argument]
+    if not files and mode not in EMBEDDED:
+        shipped = sorted(
+            str(path.relative_to(ROOT)) for path in ROOT.glob(f"configs/{mode}/*.yaml")
+        )
+        raise UserError(f"--{mode} needs a recipe; begin with one of {', '.join(shipped)}")
     recipe = read_recipe(Path(found(files[0])) if files else EMBEDDED[mode], overrides)
-    distils = recipe.student.family == "one_step_edm"
-    if distils != (mode == "distill"):
-        right = "one_step_edm: run it with --distill" if distils else "a GAN: run it with --gan"
-        raise UserError(f"the student of this recipe is {right}")
+    if recipe.mode != mode:
+        raise UserError(
+            f"the student of this recipe is {_STUDENTS[recipe.mode]}: run it with --{recipe.mode}"
+        )
     return recipe
 
 
@@ -239,7 +256,8 @@ def _plan(recipe: Recipe) -> str:
     reference, made = recipe.evaluation.reference, recipe.evaluation.teacher
     sources = {
         "student": recipe.student.weights,
-        "teacher": recipe.teacher.weights,
+        "teacher": recipe.teacher and recipe.teacher.weights,
+        "images": getattr(recipe.objective, "images", None),
         "reference": None if reference == "teacher" else reference,
         "teacher's samples": None if made == SAMPLED else made,
         "extractor": None if reference is None else _weights_of(recipe.evaluation.extractor),

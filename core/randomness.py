@@ -62,6 +62,11 @@ class Draws:
         words = self._words(purpose, math.prod(shape))
         return self._shaped(words.mul_(high) >> 32, shape)
 
+    def generator_seed(self, purpose: str) -> int:
+        """Return a number in [0, 2^63) that depends on the first sample, to seed a generator."""
+        name = f"{self.seed}/{self.images_seen}/{self.scope}/{purpose}/{self.first}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+
     def scoped(self, scope: str) -> Draws:
         """Return the draws of the same samples in another scope."""
         return replace(self, scope=scope)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -83,51 +82,32 @@ ImagesOf = Callable[[Sequence[int]], Tensor]
 """From seeds to their images, uint8 [n, C, H, W]."""
 
 
-def student_images(student: nn.Module, *, device: torch.device | str) -> ImagesOf:
-    """Return a function from seeds to the student's images on the device."""
-    return _images_of(student, student, latent_shape=student.latent_shape, device=device)
-
-
-def teacher_images(
-    teacher: nn.Module,
-    sampler: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
-    *,
-    device: torch.device | str,
-) -> ImagesOf:
-    """Return a function from seeds to images of a denoiser on the device.
-
-    sampler: (denoiser, latents [N, C, H, W] unit normal, labels [N] or None) -> images in [-1, 1].
-    """
-    make = partial(sampler, teacher)
-    return _images_of(teacher, make, latent_shape=teacher.image_shape, device=device)
-
-
-def _images_of(
+def images_of_seeds(
     network: nn.Module,
-    make: Callable[[Tensor, Tensor | None], Tensor],
+    make: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     *,
-    latent_shape: tuple[int, ...],
     device: torch.device | str,
 ) -> ImagesOf:
-    """Return seeds -> images; eval mode, no gradients, and every module's mode is as before."""
+    """Return a function from seeds to a network's images; eval mode, no gradients, and every
+    module's mode is as before.
+
+    make: (latents, labels [N] or None) -> images in [-1, 1]; None: the network itself. A denoiser,
+    whose latents have the shape of its images, needs its sampler here.
+    """
+    make = make or network
 
     def images_of(seeds: Sequence[int]) -> Tensor:
-        latents, labels = latents_and_labels(
-            seeds, latent_shape=latent_shape, num_classes=network.num_classes
-        )
+        latents, labels = inputs_of(network, seeds)
         with _evaluating(network):
             return to_uint8(make(latents.to(device), None if labels is None else labels.to(device)))
 
     return images_of
 
 
-def generate(
-    student: nn.Module, seeds: Sequence[int], *, batch_size: int, device: torch.device | str
-) -> Iterator[Tensor]:
-    """Yield the student's images of these seeds in order, uint8 [n, C, H, W] on the device."""
-    images_of = student_images(student, device=device)
-    for batch in _batches(seeds, batch_size):
-        yield images_of(batch)
+def inputs_of(network: nn.Module, seeds: Sequence[int]) -> Inputs:
+    """Return what a student, or the sampler of a denoiser, is fed for these seeds."""
+    shape = getattr(network, "latent_shape", network.image_shape)
+    return latents_and_labels(seeds, latent_shape=shape, num_classes=network.num_classes)
 
 
 def generated_statistics(
@@ -159,7 +139,7 @@ def generated_statistics(
 
 
 def fid_over_seeds(
-    student: nn.Module,
+    images_of: ImagesOf,
     extractor: Extractor,
     reference: Moments,
     *,
@@ -169,11 +149,10 @@ def fid_over_seeds(
     first_seed: int = 0,
     world: World | None = None,
 ) -> MetricResult:
-    """Return the student's Fréchet distance to the reference, on `seeds` disjoint sets of images.
+    """Return the images' Fréchet distance to the reference, on `seeds` disjoint sets of them.
 
     Set k holds the images of seeds first_seed + k * images and following.
     """
-    images_of = student_images(student, device=extractor.device)
     distances = []
     for start in range(first_seed, first_seed + seeds * images, images):
         statistics = generated_statistics(
@@ -202,53 +181,35 @@ class Pairs(NamedTuple):
 
 
 def pairs(
-    before: nn.Module,
-    after: nn.Module,
+    before: ImagesOf,
+    after: ImagesOf,
+    seeds: Sequence[int],
     *,
-    count: int,
-    device: torch.device | str,
-    first_seed: int = 0,
+    labels: Tensor | None,
     teacher: ImagesOf | None = None,
 ) -> Pairs:
-    """Return pairs of two versions of a student; their classes, if any, count up."""
-    seeds = pair_seeds(
-        count,
-        latent_shape=before.latent_shape,
-        num_classes=before.num_classes,
-        first_seed=first_seed,
-    )
-    labels = latents_and_labels(
-        seeds, latent_shape=before.latent_shape, num_classes=before.num_classes
-    ).labels
+    """Return the images that two versions of a student make of these seeds. labels: their classes,
+    [N], or None.
+    """
     return Pairs(
         tuple(seeds),
-        student_images(before, device=device)(seeds).cpu(),
-        student_images(after, device=device)(seeds).cpu(),
+        before(seeds).cpu(),
+        after(seeds).cpu(),
         None if labels is None else tuple(labels.tolist()),
         None if teacher is None else teacher(seeds).cpu(),
     )
 
 
-def sample_images(student: nn.Module, *, count: int, device: torch.device | str) -> Tensor:
-    """Return images for one picture, uint8 [count, C, H, W] on the CPU; their classes count up."""
-    seeds = pair_seeds(count, latent_shape=student.latent_shape, num_classes=student.num_classes)
-    return student_images(student, device=device)(seeds).cpu()
-
-
-def pair_seeds(
-    count: int, *, latent_shape: tuple[int, ...], num_classes: int, first_seed: int = 0
-) -> list[int]:
+def pair_seeds(network: nn.Module, count: int, *, first_seed: int = 0) -> list[int]:
     """Return a picture's seeds: pair k shows class k modulo num_classes, lowest seeds first."""
-    if not num_classes:
+    if not network.num_classes:
         return list(range(first_seed, first_seed + count))
-    wanted = [index % num_classes for index in range(count)]
+    wanted = [index % network.num_classes for index in range(count)]
     found: dict[int, list[int]] = {label: [] for label in wanted}
     missing = count
     seed = first_seed
     while missing:
-        labels = latents_and_labels(
-            [seed], latent_shape=latent_shape, num_classes=num_classes
-        ).labels
+        labels = inputs_of(network, [seed]).labels
         assert labels is not None
         label = int(labels[0])
         if len(found.get(label, ())) < wanted.count(label):

@@ -21,9 +21,24 @@ from core.config import Section
 from core.distributed import unwrap
 from core.protocols import LossOutput, Networks, Phase, Student
 from core.randomness import Draws
+from objectives._dropout import dropping
 from objectives._noise import LogNormal, SigmaLaw, add_noise, column, denoising_loss, edm_weight
 
 Weighting = Literal["sigma_squared", "edm", "uniform", "dmd"]
+
+
+class Dropout(Section):
+    """Which networks drop features as in their own training; where nothing is said, none does.
+
+    The official code does all three.
+    """
+
+    score: bool = False
+    """In the score phase: the score network."""
+    pull: bool = False
+    """In the student phase: score network and teacher, both the same features."""
+    student: bool = False
+    """In the student phase: the student, if it is a diffusion network (one_step_edm)."""
 
 
 class Config(Section):
@@ -45,11 +60,22 @@ class Config(Section):
     """Thousands of images during which only the score network learns."""
     sigma_data: float = Field(default=0.5, gt=0)
     """Standard deviation of the images, in EDM's loss weight."""
+    dropout: Dropout = Dropout()
+    """Who drops features, and when."""
 
     @model_validator(mode="after")
     def _one_law_of_a_shared_batch(self) -> Config:
         if self.shared_batch and self.score_sigma not in (None, self.sigma):
             raise ValueError("shared_batch has one sigma for both steps: leave score_sigma out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_score_pass_of_a_shared_batch(self) -> Config:
+        if self.shared_batch and self.dropout.score != self.dropout.pull:
+            raise ValueError(
+                "shared_batch has one pass of the score network for both steps: "
+                "give dropout.score and dropout.pull the same value"
+            )
         return self
 
 
@@ -88,12 +114,14 @@ class Made(NamedTuple):
     """[N] int64, or None where it is unconditional."""
 
 
-def make(networks: Networks, draws: Draws) -> Made:
+def make(networks: Networks, draws: Draws, *, dropout: bool = False) -> Made:
     """Return the student's images of drawn latents and labels."""
     student = cast(Student, unwrap(networks.student))
     latents = draws.normal("latents", student.latent_shape)
     labels = draws.integers("labels", student.num_classes) if student.num_classes else None
-    return Made(networks.adapter(networks.student(latents, labels)), labels)
+    with dropping(networks.student, draws.scoped(f"{draws.scope}/make"), wanted=dropout):
+        images = networks.student(latents, labels)
+    return Made(networks.adapter(images), labels)
 
 
 def score_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
@@ -104,18 +132,19 @@ def score_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutpu
         images, labels = make(networks, draws)
     sigma = (config.score_sigma or config.sigma).draw(draws, "sigma")
     noisy = add_noise(images, sigma, draws, "noise")
-    denoised = networks.score(noisy, sigma, labels)
+    with dropping(networks.score, draws, wanted=config.dropout.score):
+        denoised = networks.score(noisy, sigma, labels)
     return denoising_loss(denoised, images, sigma, sigma_data=config.sigma_data)
 
 
 def student_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
     """Return the surrogate of the Integral KL divergence, [N]; only its gradient has a meaning."""
-    made = make(networks, draws)
+    made = make(networks, draws, dropout=config.dropout.student)
     sigma = config.sigma.draw(draws, "sigma")
     noisy = add_noise(made.images.detach(), sigma, draws, "noise")
-    with torch.no_grad():
+    with torch.no_grad(), dropping(networks.score, draws, wanted=config.dropout.pull):
         denoised = networks.score(noisy, sigma, made.labels)
-    return _surrogate(made, denoised, noisy, sigma, networks.teacher, config=config)
+    return _surrogate(networks.teacher, made, denoised, noisy, sigma, draws, config=config)
 
 
 def shared_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
@@ -124,27 +153,30 @@ def shared_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutp
     The score network learns from the first term alone and the student from the second alone, so
     the gradient of the sum is both. The student meets the score of before this step.
     """
-    made = make(networks, draws)
+    made = make(networks, draws, dropout=config.dropout.student)
     images = made.images.detach()
     sigma = config.sigma.draw(draws, "sigma")
     noisy = add_noise(images, sigma, draws, "noise")
-    denoised = networks.score(noisy, sigma, made.labels)
+    with dropping(networks.score, draws, wanted=config.dropout.score):
+        denoised = networks.score(noisy, sigma, made.labels)
     score = denoising_loss(denoised, images, sigma, sigma_data=config.sigma_data)
-    student = _surrogate(made, denoised.detach(), noisy, sigma, networks.teacher, config=config)
+    denoised = denoised.detach()
+    student = _surrogate(networks.teacher, made, denoised, noisy, sigma, draws, config=config)
     return LossOutput(score.per_image + student.per_image, {**score.readings, **student.readings})
 
 
 def _surrogate(
+    teacher: nn.Module,
     made: Made,
     score_denoised: Tensor,
     noisy: Tensor,
     sigma: Tensor,
-    teacher: nn.Module,
+    draws: Draws,
     *,
     config: Config,
 ) -> LossOutput:
     """Return the images times their pull, [N]: its gradient by the images is the pull."""
-    with torch.no_grad():
+    with torch.no_grad(), dropping(teacher, draws, wanted=config.dropout.pull):
         teacher_denoised = teacher(noisy, sigma, made.labels)
     pull = ikl_pull(
         made.images.detach(),

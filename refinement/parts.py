@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import generators
 import teachers
@@ -22,6 +23,7 @@ from core.run_folder import RunFolder
 from custom_ops import backend
 from eval import features, reference, samples
 from generators import one_step_edm
+from refinement import adapter
 from refinement.recipe import NetworkSection, Recipe, family_config
 from teachers import sampling
 
@@ -37,7 +39,12 @@ class Parts:
 
     student: nn.Module
     teacher: nn.Module
+    """A bare module where the student learns from real images."""
+    adapter: nn.Module
+    """From the student's images to the teacher's."""
     objective: Objective
+    sampler: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    """(denoiser, latents, labels) -> images: how a denoiser is sampled."""
     extractor: features.Extractor | None
     reference: reference.Reference | None
     """None too where it is the teacher's samples, until `with_teacher_samples` made them."""
@@ -45,11 +52,11 @@ class Parts:
     teacher_samples: reference.Reference | None = None
     """Statistics of the teacher's own samples, where the recipe asks for them."""
 
-    def teacher_images(self, settings: samples.Config) -> samples.ImagesOf:
-        """Return a function from seeds to the teacher's own samples."""
-        device = next(self.teacher.parameters()).device
-        sampler = partial(sampling.heun, steps=settings.teacher_steps)
-        return samples.teacher_images(self.teacher, sampler, device=device)
+    def images_of(self, network: nn.Module) -> samples.ImagesOf:
+        """Return a function from seeds to a network's images: a denoiser is sampled."""
+        device = next(network.parameters()).device
+        make = None if hasattr(network, "latent_shape") else partial(self.sampler, network)
+        return samples.images_of_seeds(network, make, device=device)
 
 
 def load_parts(recipe: Recipe, world: World) -> Parts:
@@ -59,9 +66,9 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
     other.
     """
     with distributed.main_first(world):
-        teacher = _network("teachers", recipe.teacher, seed=recipe.training.seed)
-        student = _student(recipe.student, teacher, seed=recipe.training.seed)
-        _check_fit(student, teacher)
+        teacher, student = _networks(recipe)
+        fitted = _adapter(recipe, student, teacher)
+        objective = _objective(recipe, student)
         extractor = _load_extractor(recipe.evaluation, student, world)
         real = _statistics(recipe.evaluation.reference, student, extractor)
         teacher_samples = _statistics(recipe.evaluation.teacher, student, extractor)
@@ -69,7 +76,9 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
     return Parts(
         student.to(world.device, memory_format=layout),
         teacher.to(world.device, memory_format=layout),
-        plugins.load("objectives", recipe.objective.name).build(recipe.objective),
+        fitted,
+        objective,
+        partial(sampling.heun, steps=recipe.evaluation.teacher_steps),
         extractor,
         real,
         backend.choose(recipe.kernels, world.device),
@@ -77,13 +86,17 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
     )
 
 
-def _student(section: NetworkSection, teacher: nn.Module, *, seed: int) -> nn.Module:
-    """Return the student of a recipe; one that is to begin as the teacher is a copy of it."""
+def _networks(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """Return teacher and student; a student that is to begin as the teacher is a copy of it."""
+    section, seed = recipe.student, recipe.training.seed
+    if recipe.teacher is None:
+        return nn.Module(), _network(recipe.student_folder, section, seed=seed)
+    teacher = _network("teachers", recipe.teacher, seed=seed)
     if section.config is not None and section.family == "one_step_edm":
         settings = cast(one_step_edm.Config, family_config("generators", section))
         if settings.network is None:
-            return one_step_edm.from_teacher(teacher, settings)
-    return _network("generators", section, seed=seed)
+            return teacher, one_step_edm.from_teacher(teacher, settings)
+    return teacher, _network("generators", section, seed=seed)
 
 
 def _network(folder: str, section: NetworkSection, *, seed: int) -> nn.Module:
@@ -102,19 +115,39 @@ def _network(folder: str, section: NetworkSection, *, seed: int) -> nn.Module:
     return cast(nn.Module, loaded)
 
 
-def _check_fit(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise UserError where student and teacher differ in resolution, channels or classes."""
-    sizes = [_size(network.image_shape) for network in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"the student makes images of {sizes[0]}, the teacher denoises images of {sizes[1]}: "
-            "choose a teacher of the same resolution and channels"
-        )
+def _adapter(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> nn.Module:
+    """Return what turns the student's images into the teacher's.
+
+    Raises UserError where the two differ in resolution, channels or classes, and nothing does.
+    """
+    if recipe.teacher is None:
+        return nn.Identity()
     if student.num_classes != teacher.num_classes:
         raise UserError(
             f"the student has {student.num_classes} classes, the teacher {teacher.num_classes} "
             "(0 = unconditional): choose a teacher of the same classes"
         )
+    if tuple(student.image_shape) == tuple(teacher.image_shape):
+        return nn.Identity()
+    if recipe.teacher.adapter is None:
+        made, known = (_size(network.image_shape) for network in (student, teacher))
+        raise UserError(
+            f"the student makes images of {made}, the teacher denoises images of {known}: "
+            "choose a teacher of the same resolution and channels, or shrink the student's images "
+            "for it with teacher.adapter=downsample"
+        )
+    return adapter.downsample(tuple(student.image_shape), tuple(teacher.image_shape))
+
+
+def _objective(recipe: Recipe, student: nn.Module) -> Objective:
+    """Return the objective; one that learns from images has read them, and they fit the student."""
+    settings = recipe.objective
+    build = plugins.load("objectives", settings.name).build
+    if recipe.mode != "teach":
+        return build(settings)
+    built = build(settings.model_copy(update={"images": str(local_file(found(settings.images)))}))
+    built.check_fit(student)
+    return built
 
 
 def _size(image_shape: tuple[int, int, int]) -> str:
@@ -174,7 +207,7 @@ def _sampled(
 ) -> reference.Reference:
     _log.info("sampling %d images of the teacher", settings.images)
     made = samples.generated_statistics(
-        parts.teacher_images(settings),
+        parts.images_of(parts.teacher),
         range(settings.images),
         extractor,
         batch_size=settings.batch_size,

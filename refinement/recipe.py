@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -17,8 +17,8 @@ from custom_ops import backend
 from eval import samples
 from training import loop
 
-FOLDERS = {"student": "generators", "teacher": "teachers"}
-"""Section of a recipe -> the folder that holds its families."""
+Mode = Literal["gan", "distill", "teach"]
+"""What a recipe is for: to refine a GAN, to distil a teacher, or to train one."""
 
 
 def _objective_type() -> object:
@@ -54,15 +54,24 @@ class NetworkSection(Section):
         return self
 
 
+class TeacherSection(NetworkSection):
+    """Where the teacher comes from, and how it sees the student's images."""
+
+    adapter: Literal["downsample"] | None = None
+    """downsample: the student's images, larger than the teacher's or in other colours, are shrunk
+    and recoloured for it; null: they must fit.
+    """
+
+
 class Recipe(Section):
     """A run: who learns (student) from whom (teacher), by what (objective), how, measured how."""
 
     name: str = "run"
     """Name of the run's folder."""
     student: NetworkSection
-    """The one-step generator to refine."""
-    teacher: NetworkSection
-    """The diffusion model it learns from."""
+    """Who learns: a one-step generator; or a diffusion model, where the objective is denoising."""
+    teacher: TeacherSection | None = None
+    """The diffusion model it learns from; null where it learns from real images (denoising)."""
     objective: _objective_type()  # pyright: ignore[reportInvalidTypeForm]
     """What is minimised."""
     training: loop.Config = loop.Config()
@@ -74,6 +83,33 @@ class Recipe(Section):
     kernels: backend.KernelPolicy = "auto"
     """Custom operations: auto, native or reference."""
 
+    @model_validator(mode="after")
+    def _learns_from_someone(self) -> Recipe:
+        if self.mode != "teach":
+            if self.teacher is None:
+                raise ValueError(
+                    "teacher is missing: the diffusion model that the student learns from"
+                )
+        elif self.teacher is not None:
+            raise ValueError("objective denoising learns from images: leave teacher out")
+        elif self.evaluation.reference == "teacher" or self.evaluation.teacher is not None:
+            raise ValueError("evaluation names a teacher, and objective denoising has none")
+        if self.mode == "gan" and self.objective.dropout.student:
+            raise ValueError("objective.dropout.student is for one_step_edm: a GAN drops nothing")
+        return self
+
+    @property
+    def mode(self) -> Mode:
+        """Return what the recipe is for."""
+        if self.objective.name == "denoising":
+            return "teach"
+        return "distill" if self.student.family == "one_step_edm" else "gan"
+
+    @property
+    def student_folder(self) -> str:
+        """Return the folder of the student's family."""
+        return student_folder(self.objective.name)
+
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a YAML file with overrides on top. Raises UserError naming all that is
@@ -81,7 +117,14 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     plain = config.with_overrides({"name": path.stem, **config.read_yaml(path)}, overrides)
     source = f"{path}, with what the command line sets," if overrides else str(path)
-    lines = [*_family_errors("student", plain), *_family_errors("teacher", plain)]
+    objective = plain.get("objective")
+    name = objective.get("name") if isinstance(objective, Mapping) else None
+    folders = {"student": student_folder(name), "teacher": "teachers"}
+    lines = [
+        line
+        for role, folder in folders.items()
+        for line in _family_errors(role, plain.get(role), folder)
+    ]
     try:
         recipe = config.validate(Recipe, plain, source=source)
     except ConfigError as error:
@@ -101,18 +144,23 @@ def family_config(folder: str, section: NetworkSection) -> BaseModel:
     )
 
 
-def _family_errors(role: str, recipe: Mapping[str, object]) -> list[str]:
+def student_folder(objective: object) -> str:
+    """Return the folder that holds the families of what an objective trains."""
+    return "teachers" if objective == "denoising" else "generators"
+
+
+def _family_errors(role: str, section: object, folder: str) -> list[str]:
     """Return what is wrong with a section's family and the settings of it, a line each."""
     try:
-        section = NetworkSection.model_validate(recipe.get(role))
+        section = TeacherSection.model_validate(section)
     except ValidationError:
         return []  # the recipe's own validation says so
     if section.family is None:
         return []
     try:
-        plugins.load(FOLDERS[role], section.family)
+        plugins.load(folder, section.family)
         if section.config is not None:
-            family_config(FOLDERS[role], section)
+            family_config(folder, section)
     except ConfigError as error:
         return [f"{role}.config.{line}" for line in error.lines]
     except UserError as error:

@@ -58,7 +58,7 @@ class Run:
 def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> Run:
     """Return the run where its newest checkpoint left it, or at its start."""
     original = copy.deepcopy(parts.student).eval().requires_grad_(False)
-    trio = Networks(parts.student, copy.deepcopy(parts.teacher), parts.teacher)
+    trio = Networks(parts.student, copy.deepcopy(parts.teacher), parts.teacher, parts.adapter)
     settings = recipe.training
     state = training_state.start(
         trio,
@@ -117,13 +117,13 @@ def finish(run: Run) -> report.Report:
     note_session(run)
     made = _report(run)
     if run.world.is_main:
-        evaluation = run.recipe.evaluation
+        seeds = _pair_seeds(run)
         pairs = samples.pairs(
-            run.original,
-            student,
-            count=evaluation.pairs,
-            device=run.world.device,
-            teacher=run.parts.teacher_images(evaluation) if _starts_from_noise(run) else None,
+            run.parts.images_of(run.original),
+            run.parts.images_of(student),
+            seeds,
+            labels=samples.inputs_of(student, seeds).labels,
+            teacher=run.parts.images_of(run.parts.teacher) if _starts_from_noise(run) else None,
         )
         report.write(run.folder.report, made, pairs)
     return made
@@ -152,7 +152,8 @@ def _meet_teacher(run: Run) -> None:
 
 def _starts_from_noise(run: Run) -> bool:
     """Return whether student and teacher make images from the same latents."""
-    return run.original.latent_shape == run.parts.teacher.image_shape
+    latents = getattr(run.original, "latent_shape", None)
+    return latents == getattr(run.parts.teacher, "image_shape", ())
 
 
 def _teacher_score(parts: Parts) -> report.SampleScore | None:
@@ -174,7 +175,7 @@ def _measured(run: Run, when: str, student: nn.Module) -> None:
     _log.info("measuring %s: %d x %d images", when, settings.seeds, settings.images)
     with _timed(run, when):
         fid = samples.fid_over_seeds(
-            student,
+            run.parts.images_of(student),
             run.parts.extractor,
             run.parts.reference,
             images=settings.images,
@@ -206,14 +207,15 @@ def _begin_curve(run: Run) -> None:
 def _measure_while_training(run: Run, state: TrainState) -> dict[str, float]:
     """Return the metrics of fewer images, and write a sample grid."""
     settings = run.recipe.evaluation
+    images_of = run.parts.images_of(state.student_ema)
     if run.world.is_main:
-        images = samples.sample_images(state.student_ema, count=100, device=run.world.device)
+        images = images_of(samples.pair_seeds(state.student_ema, 100)).cpu()
         with atomic_write(run.folder.samples / f"{state.images_seen:012d}.png") as partial:
             partial.write_bytes(pictures.grid_picture(images, columns=10))
     if run.parts.extractor is None or run.parts.reference is None:
         return {}
     fid = samples.fid_over_seeds(
-        state.student_ema,
+        images_of,
         run.parts.extractor,
         run.parts.reference,
         images=settings.images_while_training,
@@ -251,7 +253,7 @@ def _report(run: Run) -> report.Report:
         kernel_backend=parts.kernel_backend,
         teacher_samples=_teacher_score(parts),
         student=report.File(**student),
-        teacher=report.File(**_file(recipe.teacher)),
+        teacher=report.File(**_teacher_file(recipe)),
         images_seen=run.state.images_seen,
         started_at=min((session["started_at"] for session in sessions), default=run.started_at),
         finished_at=max((session["finished_at"] for session in sessions), default=_now()),
@@ -263,12 +265,7 @@ def _report(run: Run) -> report.Report:
 
 
 def _pair_seeds(run: Run) -> list[int]:
-    student = run.original
-    return samples.pair_seeds(
-        run.recipe.evaluation.pairs,
-        latent_shape=student.latent_shape,
-        num_classes=student.num_classes,
-    )
+    return samples.pair_seeds(run.original, run.recipe.evaluation.pairs)
 
 
 def _file(section: NetworkSection) -> dict[str, str | None]:
@@ -276,6 +273,14 @@ def _file(section: NetworkSection) -> dict[str, str | None]:
     if section.weights is None:
         return {"path": f"freshly drawn {section.family}", "sha256": None}
     return {"path": section.weights, "sha256": sha256_of(local_file(found(section.weights)))}
+
+
+def _teacher_file(recipe: Recipe) -> dict[str, str | None]:
+    """Return path and hash of what the student learnt from: a teacher's weights, or images."""
+    if recipe.teacher is not None:
+        return _file(recipe.teacher)
+    path = local_file(found(recipe.objective.images))
+    return {"path": recipe.objective.images, "sha256": None if path.is_dir() else sha256_of(path)}
 
 
 def _append(run: Run, row: Mapping[str, object]) -> None:

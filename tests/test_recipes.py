@@ -59,12 +59,11 @@ def test_a_recipe_can_be_looked_at_without_its_files(path: Path) -> None:
 
 @shipped
 def test_a_recipe_is_for_one_mode(path: Path) -> None:
-    """A recipe under the other mode is refused with the right one."""
-    modes = ["gan", "distill"]
-    modes.remove(path.parent.name)
-    outcome = call(f"--{modes[0]}", path, "--dry-run")
-    assert outcome.code == 2
-    assert f"run it with --{path.parent.name}" in outcome.stderr
+    """A recipe under another mode is refused with the right one."""
+    for mode in {"gan", "distill", "teach"} - {path.parent.name}:
+        outcome = call(f"--{mode}", path, "--dry-run")
+        assert outcome.code == 2
+        assert f"run it with --{path.parent.name}" in outcome.stderr
 
 
 def test_a_recipe_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

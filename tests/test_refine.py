@@ -111,7 +111,7 @@ def test_the_refined_weights_measure_as_the_report_says(finished: Finished) -> N
     parts = with_teacher_samples(parts, recipe.evaluation, finished.folder, ALONE)
     assert parts.extractor is not None and parts.reference is not None
     fid = samples.fid_over_seeds(
-        generators.load(finished.folder.student), parts.extractor, parts.reference,
+        parts.images_of(generators.load(finished.folder.student)), parts.extractor, parts.reference,
         images=recipe.evaluation.images, seeds=recipe.evaluation.seeds,
     )  # fmt: skip
     document = json.loads((finished.folder.report / "report.json").read_text())
@@ -133,12 +133,10 @@ def test_the_teacher_is_sampled_once_with_the_steps_of_the_recipe(
 def test_the_refined_weights_make_the_images_of_the_picture(finished: Finished) -> None:
     """The report's picture, pixel for pixel, is what the student before and after makes."""
     recipe = read_recipe(finished.recipe)
-    pairs = samples.pairs(
-        load_parts(recipe, ALONE).student,
-        generators.load(finished.folder.student),
-        count=recipe.evaluation.pairs,
-        device="cpu",
-    )
+    parts = load_parts(recipe, ALONE)
+    before, after = map(parts.images_of, (parts.student, generators.load(finished.folder.student)))
+    seeds = samples.pair_seeds(parts.student, recipe.evaluation.pairs)
+    pairs = samples.pairs(before, after, seeds, labels=None)
     again = Image.open(io.BytesIO(pictures.pairs_picture(pairs)))
     kept = Image.open(finished.folder.report / "report.png")
     assert not torch.equal(pairs.before, pairs.after)
@@ -220,7 +218,7 @@ def test_the_bare_command_says_what_to_give() -> None:
     outcome = call()
     assert outcome.code == 2
     assert outcome.stderr.startswith(
-        "error: give one of --gan, --distill, --resume RUN and --report RUN"
+        "error: give one of --gan, --distill, --teach, --resume RUN and --report RUN"
     )
     assert outcome.stderr.count("\n") == 1
 

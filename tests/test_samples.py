@@ -38,8 +38,10 @@ class TinyStudent(nn.Module):
 
 
 def _images(student: nn.Module, seeds: Iterable[int], batch_size: int) -> Tensor:
-    batches = samples.generate(student, list(seeds), batch_size=batch_size, device="cpu")
-    return torch.cat(list(batches))
+    images_of = samples.images_of_seeds(student, device="cpu")
+    wanted = list(seeds)
+    starts = range(0, len(wanted), batch_size)
+    return torch.cat([images_of(wanted[start : start + batch_size]) for start in starts])
 
 
 def test_a_seeds_latent_is_the_published_programs() -> None:
@@ -90,7 +92,7 @@ def test_a_student_is_measured_in_eval_mode_and_left_as_it_was() -> None:
 
 def test_statistics_do_not_depend_on_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks with shares of 17 seeds get together what one rank gets alone, each the same."""
-    images_of = samples.student_images(TinyStudent(), device="cpu")
+    images_of = samples.images_of_seeds(TinyStudent(), device="cpu")
 
     def measured(world: World) -> FeatureStatistics:
         return samples.generated_statistics(images_of, range(17), PIXELS, batch_size=4, world=world)
@@ -114,8 +116,9 @@ def test_fid_is_over_disjoint_ranges_of_seeds() -> None:
     """Value k is the distance of seeds first + k * images and following, in any batch size."""
     student = TinyStudent()
     reference = FeatureStatistics.of(torch.rand(50, 9, generator=torch.Generator().manual_seed(1)))
+    images_of = samples.images_of_seeds(student, device="cpu")
     result = samples.fid_over_seeds(
-        student, PIXELS, reference, images=30, seeds=2, batch_size=7, first_seed=100
+        images_of, PIXELS, reference, images=30, seeds=2, batch_size=7, first_seed=100
     )
     for value, start in zip(result.values, (100, 130), strict=True):
         images = _images(student, range(start, start + 30), 30)
@@ -125,7 +128,7 @@ def test_fid_is_over_disjoint_ranges_of_seeds() -> None:
 
 def test_fewer_images_than_ranks_are_refused() -> None:
     """A rank without an image would have no statistics: the user is told."""
-    images_of = samples.student_images(TinyStudent(), device="cpu")
+    images_of = samples.images_of_seeds(TinyStudent(), device="cpu")
     with pytest.raises(UserError, match="2 images are fewer than 3 ranks"):
         samples.generated_statistics(
             images_of, range(2), PIXELS, batch_size=4, world=World(0, 3, 0, CPU)
@@ -135,7 +138,12 @@ def test_fewer_images_than_ranks_are_refused() -> None:
 def test_pairs_are_ordered_by_class() -> None:
     """Pair k shows class k modulo the number of classes; every seed is used once."""
     student = TinyStudent()
-    found = samples.pairs(student, student, count=10, device="cpu")
+    images_of, seeds = (
+        samples.images_of_seeds(student, device="cpu"),
+        samples.pair_seeds(student, 10),
+    )
+    labels = samples.inputs_of(student, seeds).labels
+    found = samples.pairs(images_of, images_of, seeds, labels=labels)
     assert found.labels == (0, 1, 2, 3, 0, 1, 2, 3, 0, 1)
     assert len(set(found.seeds)) == 10
     assert torch.equal(found.before, _images(student, found.seeds, 10))
@@ -143,4 +151,6 @@ def test_pairs_are_ordered_by_class() -> None:
 
 def test_pairs_without_classes_are_the_first_seeds() -> None:
     """Without classes, the picture shows consecutive seeds."""
-    assert samples.pair_seeds(4, latent_shape=(2,), num_classes=0, first_seed=5) == [5, 6, 7, 8]
+    student = TinyStudent()
+    student.num_classes = 0
+    assert samples.pair_seeds(student, 4, first_seed=5) == [5, 6, 7, 8]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -30,7 +31,7 @@ from core.run_folder import atomic_write
 from data.images import Images
 from eval import features, reference
 from eval.metrics import FeatureStatistics, frechet_distance
-from eval.samples import ImagesOf, generated_statistics, student_images, teacher_images
+from eval.samples import ImagesOf, generated_statistics, images_of_seeds
 from generators import stylegan2
 from teachers import edm
 from teachers.sampling import heun
@@ -136,7 +137,7 @@ def make_teacher_samples(images: int) -> None:
     """Sample the teacher with its 18 steps, and keep the statistics, for the reports."""
     extractor = features.load("mnist32")
     teacher = cast(nn.Module, teachers.load(HERE / "teacher.safetensors"))
-    images_of = teacher_images(teacher, heun, device="cpu")
+    images_of = images_of_seeds(teacher, partial(heun, teacher), device="cpu")
     made = generated_statistics(images_of, range(images), extractor, batch_size=100)
     kept = reference.of_samples(
         made, source="the embedded teacher", extractor=extractor, shape=IMAGE
@@ -171,12 +172,14 @@ def _keep_best(
 
 def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
     """Return a function from a student to its FID on images of the first seeds."""
-    return lambda student: _fid(student_images(student, device="cpu"), count=count)
+    return lambda student: _fid(images_of_seeds(student, device="cpu"), count=count)
 
 
 def _teacher_fid(*, count: int) -> Callable[[nn.Module], float]:
     """Return a function from a teacher to the FID of its 18-step samples."""
-    return lambda teacher: _fid(teacher_images(teacher, heun, device="cpu"), count=count)
+    return lambda teacher: _fid(
+        images_of_seeds(teacher, partial(heun, teacher), device="cpu"), count=count
+    )
 
 
 def _fid(images_of: ImagesOf, *, count: int) -> float:
