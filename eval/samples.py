@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +32,6 @@ class Config(Section):
     """
     teacher: str | None = None
     """The teacher's own samples, for the report: "sample", or their statistics (.npz); null: no."""
-    teacher_steps: int = Field(default=18, ge=1)
-    """Steps of the teacher's sampler; EDM takes 18 at 32x32 and 40 at 64x64."""
     extractor: str = "inception"
     """What features the FID compares: inception, mnist32, pixels or a classifier's weights file."""
     images: int = Field(default=50_000, ge=2)
@@ -78,30 +77,38 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
+Sampler = Callable[[nn.Module, Tensor, Tensor | None, Callable[[int], Tensor]], Tensor]
+"""(denoiser, latents, labels [N] or None, step -> noise) to images in about [-1, 1]."""
 ImagesOf = Callable[[Sequence[int]], Tensor]
 """From seeds to their images, uint8 [n, C, H, W]."""
 
 
 def images_of_seeds(
-    network: nn.Module,
-    make: Callable[[Tensor, Tensor | None], Tensor] | None = None,
-    *,
-    device: torch.device | str,
+    network: nn.Module, sampler: Sampler | None = None, *, device: torch.device | str
 ) -> ImagesOf:
     """Return a function from seeds to a network's images; eval mode, no gradients, and every
     module's mode is as before.
 
-    make: (latents, labels [N] or None) -> images in [-1, 1]; None: the network itself. A denoiser,
-    whose latents have the shape of its images, needs its sampler here.
+    sampler: how a denoiser is sampled, whose latents have the shape of its images; None: the
+    network makes images in one pass.
     """
-    make = make or network
 
     def images_of(seeds: Sequence[int]) -> Tensor:
         latents, labels = inputs_of(network, seeds)
+        latents, labels = latents.to(device), None if labels is None else labels.to(device)
         with _evaluating(network):
-            return to_uint8(make(latents.to(device), None if labels is None else labels.to(device)))
+            if sampler is None:
+                return to_uint8(network(latents, labels))
+            return to_uint8(sampler(network, latents, labels, partial(_noise, seeds, like=latents)))
 
     return images_of
+
+
+def _noise(seeds: Sequence[int], step: int, *, like: Tensor) -> Tensor:
+    """Return what a sampler adds at a step: the first unit normals of RandomState([seed, step])."""
+    shape = like.shape[1:]
+    rows = [np.random.RandomState([seed, step]).standard_normal(shape) for seed in seeds]
+    return torch.from_numpy(np.stack(rows).astype(np.float32)).to(like.device)
 
 
 def inputs_of(network: nn.Module, seeds: Sequence[int]) -> Inputs:

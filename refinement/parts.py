@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import generators
 import teachers
@@ -43,8 +42,8 @@ class Parts:
     adapter: nn.Module
     """From the student's images to the teacher's."""
     objective: Objective
-    sampler: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
-    """(denoiser, latents, labels) -> images: how a denoiser is sampled."""
+    sampler: samples.Sampler
+    """How a denoiser is sampled."""
     extractor: features.Extractor | None
     reference: reference.Reference | None
     """None too where it is the teacher's samples, until `with_teacher_samples` made them."""
@@ -55,8 +54,8 @@ class Parts:
     def images_of(self, network: nn.Module) -> samples.ImagesOf:
         """Return a function from seeds to a network's images: a denoiser is sampled."""
         device = next(network.parameters()).device
-        make = None if hasattr(network, "latent_shape") else partial(self.sampler, network)
-        return samples.images_of_seeds(network, make, device=device)
+        sampler = None if hasattr(network, "latent_shape") else self.sampler
+        return samples.images_of_seeds(network, sampler, device=device)
 
 
 def load_parts(recipe: Recipe, world: World) -> Parts:
@@ -78,7 +77,7 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         teacher.to(world.device, memory_format=layout),
         fitted,
         objective,
-        partial(sampling.heun, steps=recipe.evaluation.teacher_steps),
+        partial(sampling.sample, config=recipe.sampler),
         extractor,
         real,
         backend.choose(recipe.kernels, world.device),

@@ -15,6 +15,7 @@ from core.config import ConfigError, Section
 from core.errors import UserError
 from custom_ops import backend
 from eval import samples
+from teachers import sampling
 from training import loop
 
 Mode = Literal["gan", "distill", "teach"]
@@ -78,6 +79,8 @@ class Recipe(Section):
     """The loop."""
     evaluation: samples.Config = samples.Config()
     """What is measured before, while and after."""
+    sampler: sampling.Config = sampling.Config()
+    """How a diffusion model is sampled for its own score."""
     device: str = "auto"
     """auto (CUDA where there is some), cpu, cuda or cuda:N."""
     kernels: backend.KernelPolicy = "auto"

@@ -123,7 +123,7 @@ def test_the_teacher_is_sampled_once_with_the_steps_of_the_recipe(
 ) -> None:
     """Other steps, other samples; a new report reads those of the run's folder."""
     outdir = tmp_path / "runs"
-    call("--gan", finished.recipe, "--outdir", outdir, "evaluation.teacher_steps=2")
+    call("--gan", finished.recipe, "--outdir", outdir, "sampler.steps=2")
     kept = RunFolder(outdir / "00000-tiny").teacher_samples.read_bytes()
     assert kept != finished.folder.teacher_samples.read_bytes()
     again = call("--report", outdir / "00000-tiny")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from edm_goldens import assert_close, load, read_arrays, read_golden
 
 from teachers import edm, gaussian
-from teachers.sampling import heun, sigma_steps
+from teachers.sampling import Config, Settings, heun, published, sample, settings_for, sigma_steps
 
 
 @pytest.mark.parametrize("steps", [5, 18])
@@ -125,3 +127,94 @@ def test_levels_are_put_where_the_denoiser_knows_them() -> None:
     assert len(denoiser.met) == 6
     assert all(float(torch.tensor(sigma).log2()) % 1 == 0 for sigma in denoiser.met)
     assert torch.equal(images, torch.zeros_like(images))
+
+
+def test_churned_samples_have_the_mean_and_std_of_the_gaussian() -> None:
+    """Noise added and taken away again leaves the distribution: 20,000 samples of N(0.3, 0.5^2).
+
+    Three standard errors of mean and deviation, and what the discrete steps are off (0.005).
+    """
+    torch.manual_seed(0)
+    teacher = gaussian.build(gaussian.Config(image_shape=(1, 1, 1), means=((0.3,),), std=0.5))
+    latents = torch.randn(20_000, 1, 1, 1)
+    noises: list[int] = []
+
+    def noise(step: int) -> torch.Tensor:
+        noises.append(step)
+        return torch.randn_like(latents)
+
+    images = heun(teacher, latents, steps=100, churn=40.0, noise=noise)
+    assert noises == list(range(100))
+    assert (images.mean() - 0.3).abs() < 3 * 0.5 / 20_000**0.5 + 0.005
+    assert (images.std() - 0.5).abs() < 3 * 0.5 / 40_000**0.5 + 0.005
+    deterministic = heun(teacher, latents, steps=100)
+    correlation = torch.corrcoef(torch.stack([images.flatten(), deterministic.flatten()]))[0, 1]
+    assert correlation < 0.9  # other images of the same latents
+
+
+def test_noise_enters_between_its_two_levels_alone() -> None:
+    """Steps whose level lies outside [S_min, S_max] add none."""
+    teacher = gaussian.build(gaussian.Config(image_shape=(1, 1, 2)))
+    latents, added = torch.randn(2, 1, 1, 2), []
+
+    def noise(step: int) -> torch.Tensor:
+        added.append(step)
+        return torch.zeros_like(latents)
+
+    heun(teacher, latents, steps=10, churn=4, churn_sigma_min=1, churn_sigma_max=20, noise=noise)
+    levels = sigma_steps(10)[:-1]
+    expected = [step for step, level in enumerate(levels.tolist()) if 1 <= level <= 20]
+    assert added == expected and 0 < len(expected) < 10
+
+
+def test_a_churned_step_is_algorithm_2() -> None:
+    """One step by hand: up to (1 + gamma) sigma with S_noise, then down to 0 with Euler."""
+    teacher = gaussian.build(gaussian.Config(image_shape=(1, 1, 2), means=((0.5, -0.5),), std=0.5))
+    latents, noise = torch.randn(3, 1, 1, 2), torch.randn(3, 1, 1, 2)
+    gamma = math.sqrt(2) - 1  # S_churn / 1 is more than the most that is allowed
+    images = heun(
+        teacher, latents, steps=1, sigma_max=10.0, churn=5.0, churn_noise=1.1, noise=lambda _: noise
+    )
+    raised = 10.0 * (1 + gamma)
+    noisy = 10.0 * latents + 1.1 * math.sqrt(raised**2 - 10.0**2) * noise
+    expected = teacher(noisy, torch.full((3,), raised))
+    torch.testing.assert_close(images, expected)
+
+
+def test_churn_without_noise_is_refused() -> None:
+    """There is no silent deterministic sampler."""
+    teacher = gaussian.build(gaussian.Config(image_shape=(1, 1, 2)))
+    with pytest.raises(ValueError, match="no noise"):
+        heun(teacher, torch.randn(1, 1, 1, 2), churn=1.0)
+
+
+class _Shaped:
+    """What `published` looks at of a denoiser."""
+
+    def __init__(self, size: int, classes: int, model_type: str) -> None:
+        self.image_shape, self.num_classes = (3, size, size), classes
+        self.config = type("Config", (), {"model_type": model_type})()
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "expected"),
+    [
+        (_Shaped(32, 10, "SongUNet"), Settings(steps=18)),
+        (_Shaped(64, 0, "SongUNet"), Settings(steps=40)),
+        (_Shaped(64, 1000, "DhariwalUNet"), Settings(256, 40.0, 0.05, 50.0, 1.003)),
+    ],
+    ids=["cifar10", "ffhq", "imagenet"],
+)
+def test_a_teacher_is_sampled_as_its_authors_did(denoiser: _Shaped, expected: Settings) -> None:
+    """Steps and churn follow from size, classes and network; what a recipe gives goes on top."""
+    assert published(denoiser) == expected
+    assert settings_for(denoiser, Config(steps=7)) == expected._replace(steps=7)
+    assert settings_for(denoiser, Config(churn=0)).churn == 0
+
+
+def test_sample_takes_its_noise_where_there_is_churn() -> None:
+    """`sample` is `heun` with the settings for the denoiser."""
+    teacher = gaussian.build(gaussian.Config(image_shape=(1, 2, 2)))
+    latents, noise = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
+    found = sample(teacher, latents, None, lambda _: noise, config=Config(steps=5, churn=2))
+    assert torch.equal(found, heun(teacher, latents, steps=5, churn=2, noise=lambda _: noise))

@@ -33,8 +33,7 @@ from eval import features, reference
 from eval.metrics import FeatureStatistics, frechet_distance
 from eval.samples import ImagesOf, generated_statistics, images_of_seeds
 from generators import stylegan2
-from teachers import edm
-from teachers.sampling import heun
+from teachers import edm, sampling
 
 HERE = Path(__file__).parent
 STUDENT = stylegan2.Config(
@@ -137,7 +136,9 @@ def make_teacher_samples(images: int) -> None:
     """Sample the teacher with its 18 steps, and keep the statistics, for the reports."""
     extractor = features.load("mnist32")
     teacher = cast(nn.Module, teachers.load(HERE / "teacher.safetensors"))
-    images_of = images_of_seeds(teacher, partial(heun, teacher), device="cpu")
+    images_of = images_of_seeds(
+        teacher, partial(sampling.sample, config=sampling.Config()), device="cpu"
+    )
     made = generated_statistics(images_of, range(images), extractor, batch_size=100)
     kept = reference.of_samples(
         made, source="the embedded teacher", extractor=extractor, shape=IMAGE
@@ -178,7 +179,8 @@ def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
 def _teacher_fid(*, count: int) -> Callable[[nn.Module], float]:
     """Return a function from a teacher to the FID of its 18-step samples."""
     return lambda teacher: _fid(
-        images_of_seeds(teacher, partial(heun, teacher), device="cpu"), count=count
+        images_of_seeds(teacher, partial(sampling.sample, config=sampling.Config()), device="cpu"),
+        count=count,
     )
 
 
