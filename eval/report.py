@@ -150,6 +150,8 @@ class Report:
     curve: Curve = field(default_factory=Curve)
     teacher_samples: SampleScore | None = None
     """Of the teacher's own samples, where they were measured."""
+    teacher_sees: str | None = None
+    """Size of the images that the teacher saw, where the student's are others."""
     pair_seeds: tuple[int, ...] = ()
     """Seeds of the picture's pairs."""
     recipe: Mapping[str, object] = field(default_factory=dict)
@@ -250,6 +252,12 @@ def warnings(report: Report) -> list[str]:
         found.append(
             f"The teacher's own samples ({_score(report)}) are worse than the student was before: "
             "there is little to learn from it."
+        )
+    if report.teacher_sees:
+        found.append(
+            f"The teacher saw the student's images shrunk to {report.teacher_sees}: it can improve "
+            "what is still visible there, such as shapes and colours, and says nothing of finer "
+            "detail."
         )
     if report.after and report.images < 10_000:
         found.append(

@@ -129,11 +129,17 @@ def _adapter(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> nn.Modul
     if tuple(student.image_shape) == tuple(teacher.image_shape):
         return nn.Identity()
     if recipe.teacher.adapter is None:
-        made, known = (_size(network.image_shape) for network in (student, teacher))
+        made, known = (size(network.image_shape) for network in (student, teacher))
         raise UserError(
             f"the student makes images of {made}, the teacher denoises images of {known}: "
             "choose a teacher of the same resolution and channels, or shrink the student's images "
             "for it with teacher.adapter=downsample"
+        )
+    if recipe.evaluation.reference == "teacher" or recipe.evaluation.teacher is not None:
+        raise UserError(
+            "the teacher's samples have another size than the student's images, so there is no "
+            "distance between them: set evaluation.reference to real images of the student's size, "
+            "or to null, and evaluation.teacher to null"
         )
     return adapter.downsample(tuple(student.image_shape), tuple(teacher.image_shape))
 
@@ -149,7 +155,7 @@ def _objective(recipe: Recipe, student: nn.Module) -> Objective:
     return built
 
 
-def _size(image_shape: tuple[int, int, int]) -> str:
+def size(image_shape: tuple[int, int, int]) -> str:
     channels, height, width = image_shape
     return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
 
@@ -174,8 +180,8 @@ def _statistics(
     known = reference.reference_statistics(found(source), extractor)
     if known.image_shape not in (None, tuple(student.image_shape)):
         raise UserError(
-            f"{source} holds images of {_size(known.image_shape)}, "
-            f"the student makes images of {_size(student.image_shape)}: "
+            f"{source} holds images of {size(known.image_shape)}, "
+            f"the student makes images of {size(student.image_shape)}: "
             "choose a reference of the same resolution and channels"
         )
     return known

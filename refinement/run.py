@@ -28,7 +28,8 @@ from core.protocols import Networks
 from core.run_folder import RunFolder, atomic_write
 from eval import pictures, report, samples
 from eval.metrics import MetricResult, frechet_distance
-from refinement.parts import Parts, found, with_teacher_samples
+from refinement.adapter import Downsample
+from refinement.parts import Parts, found, size, with_teacher_samples
 from refinement.recipe import NetworkSection, Recipe
 from training import checkpoint, loop
 from training import state as training_state
@@ -156,6 +157,11 @@ def _starts_from_noise(run: Run) -> bool:
     return latents == getattr(run.parts.teacher, "image_shape", ())
 
 
+def _teacher_sees(parts: Parts) -> str | None:
+    """Return the size of the images that the teacher sees, where it is not the student's."""
+    return size(parts.adapter.image_shape) if isinstance(parts.adapter, Downsample) else None
+
+
 def _teacher_score(parts: Parts) -> report.SampleScore | None:
     """Return how far the teacher's own samples are from the real images, where that is known."""
     made, real = parts.teacher_samples, parts.reference
@@ -205,14 +211,14 @@ def _begin_curve(run: Run) -> None:
 
 
 def _measure_while_training(run: Run, state: TrainState) -> dict[str, float]:
-    """Return the metrics of fewer images, and write a sample grid."""
+    """Return the metrics of fewer images, if any are wanted, and write a sample grid."""
     settings = run.recipe.evaluation
     images_of = run.parts.images_of(state.student_ema)
     if run.world.is_main:
         images = images_of(samples.pair_seeds(state.student_ema, 100)).cpu()
         with atomic_write(run.folder.samples / f"{state.images_seen:012d}.png") as partial:
             partial.write_bytes(pictures.grid_picture(images, columns=10))
-    if run.parts.extractor is None or run.parts.reference is None:
+    if settings.every_kimg == 0 or run.parts.extractor is None or run.parts.reference is None:
         return {}
     fid = samples.fid_over_seeds(
         images_of,
@@ -259,6 +265,7 @@ def _report(run: Run) -> report.Report:
         finished_at=max((session["finished_at"] for session in sessions), default=_now()),
         durations_seconds=_total_seconds(sessions),
         curve=report.Curve(tuple(points), recipe.evaluation.images_while_training),
+        teacher_sees=_teacher_sees(parts),
         pair_seeds=tuple(_pair_seeds(run)),
         recipe=recipe.model_dump(mode="json"),
     )
