@@ -54,13 +54,24 @@ def linear(in_features: int, out_features: int, *, init: Init, bias: bool = True
     return layer
 
 
-def group_norm(channels: int, *, eps: float) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation in the precision of what it is given."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+def group_norm(channels: int, *, eps: float) -> GroupNorm:
     """Return the normalisation over 32 groups, or fewer so that each has at least 4 channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+    return GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
 class Conv(nn.Module):
-    """Resamples by two (or not) with a fixed filter, then convolves (or not: kernel 0)."""
+    """Resamples by two (or not) with a fixed filter, then convolves (or not: kernel 0).
+
+    In the precision of the images, whatever that of the weights.
+    """
 
     resample_filter: Tensor
 
@@ -91,37 +102,45 @@ class Conv(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.resample == "up" and self.is_box and self.weight is not None:
-            return self._convolved_finer(images, self.weight)
+            return self._convolved_finer(images)
         if self.resample == "up":
             images = self._upsampled(images)
         elif self.resample == "down":
             images = self._downsampled(images, padding=(self.resample_filter.shape[-1] - 1) // 2)
-        if self.weight is None:
-            return images
-        return F.conv2d(images, self.weight, self.bias, padding=self.padding)
+        return images if self.weight is None else self._convolved(images, padding=self.padding)
 
-    def _convolved_finer(self, images: Tensor, weight: Tensor) -> Tensor:
+    def _convolved(self, images: Tensor, *, padding: int) -> Tensor:
+        weight, bias = self._cast(images)
+        return F.conv2d(images, weight, bias, padding=padding)
+
+    def _cast(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight and bias in the precision of the images."""
+        assert self.weight is not None and self.bias is not None
+        return self.weight.to(images.dtype), self.bias.to(images.dtype)
+
+    def _convolved_finer(self, images: Tensor) -> Tensor:
         """Return the convolution of the nearest-neighbour upsampled images, without making those.
 
         Every input pixel stands for 2x2 equal ones, so it spreads the box sum of the kernel: 16
         products where 36 were (3x3), and twice as fast.
         """
+        weight, bias = self._cast(images)
         flipped = weight.flip(2, 3).transpose(0, 1)  # [in, out, k, k]
         spread = 4 * F.avg_pool2d(flipped, 2, stride=1, padding=1)  # [in, out, k + 1, k + 1]
-        return F.conv_transpose2d(images, spread, self.bias, stride=2, padding=self.padding)
+        return F.conv_transpose2d(images, spread, bias, stride=2, padding=self.padding)
 
     def _upsampled(self, images: Tensor) -> Tensor:
         if self.is_box:
             return F.interpolate(images, scale_factor=2, mode="nearest")
         channels, padding = images.shape[1], (self.resample_filter.shape[-1] - 1) // 2
-        kernel = (4 * self.resample_filter).expand(channels, 1, -1, -1)
+        kernel = (4 * self.resample_filter).to(images.dtype).expand(channels, 1, -1, -1)
         return F.conv_transpose2d(images, kernel, stride=2, padding=padding, groups=channels)
 
     def _downsampled(self, images: Tensor, *, padding: int) -> Tensor:
         if self.is_box:
             return F.avg_pool2d(images, 2, padding=padding)
         channels = images.shape[1]
-        kernel = self.resample_filter.expand(channels, 1, -1, -1)
+        kernel = self.resample_filter.to(images.dtype).expand(channels, 1, -1, -1)
         return F.conv2d(images, kernel, stride=2, padding=padding, groups=channels)
 
 
@@ -130,9 +149,8 @@ class ConvThenDown(Conv):
 
     def forward(self, images: Tensor) -> Tensor:
         # All padding comes before the convolution, as published: the filter sees no border.
-        assert self.weight is not None
         margin = (self.resample_filter.shape[-1] - 1) // 2
-        wide = F.conv2d(images, self.weight, self.bias, padding=self.padding + margin)
+        wide = self._convolved(images, padding=self.padding + margin)
         return self._downsampled(wide, padding=0)
 
 
@@ -246,7 +264,8 @@ class Block(nn.Module):
     def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
         shortcut = features if self.skip is None else self.skip(features)
         hidden = self.conv0(F.silu(self.norm0(features)))
-        hidden = F.silu(self._modulated(hidden, self.affine(embedding)[:, :, None, None]))
+        modulation = self.affine(embedding).to(features.dtype)  # the embedding stays in float32
+        hidden = F.silu(self._modulated(hidden, modulation[:, :, None, None]))
         hidden = self.conv1(F.dropout(hidden, self.dropout, self.training))
         features = self._joined(hidden, shortcut)
         if self.num_heads:
@@ -265,10 +284,10 @@ class Block(nn.Module):
         return joined if self.skip_scale == 1.0 else joined.mul_(self.skip_scale)
 
     def _attended(self, features: Tensor) -> Tensor:
-        """Return softmax(q k^T / sqrt(channels per head)) v over pixels, in float32."""
+        """Return softmax(q k^T / sqrt(channels per head)) v over pixels."""
         qkv = self.qkv(self.norm2(features)).flatten(2)
         # Published channel order: head, channel within the head, then which of query, key, value.
         qkv = qkv.unflatten(1, (self.num_heads, -1, 3))
-        query, key, value = qkv.permute(3, 0, 1, 4, 2).float().contiguous()  # [N, heads, H*W, c]
-        mixed = F.scaled_dot_product_attention(query, key, value).to(features.dtype)
+        query, key, value = qkv.permute(3, 0, 1, 4, 2).contiguous()  # [N, heads, H*W, c]
+        mixed = F.scaled_dot_product_attention(query, key, value)
         return mixed.transpose(2, 3).reshape(features.shape)

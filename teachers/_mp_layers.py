@@ -33,7 +33,7 @@ class MPConv(nn.Module):
     def forward(self, features: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         if self.training:
             self.normalize_weight()
-        weight = self.effective_weight(gain)
+        weight = self.effective_weight(gain).to(features.dtype)
         if weight.ndim == 2:
             return F.linear(features, weight)
         return F.conv2d(features, weight, padding=weight.shape[-1] // 2)
@@ -96,8 +96,9 @@ def mp_cat(first: Tensor, second: Tensor, *, t: float) -> Tensor:
 
 def normalized(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
     """Return the values at root mean square 1 over the dimensions, less where near 0."""
-    norm = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
-    return values / (_EPS + norm * math.sqrt(norm.numel() / values.numel()))
+    precise = torch.promote_types(values.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(values, dim=dim, keepdim=True, dtype=precise)
+    return values / (_EPS + norm * math.sqrt(norm.numel() / values.numel())).to(values.dtype)
 
 
 def resampled(features: Tensor, kind: Resample | None, *, taps: tuple[int, ...]) -> Tensor:

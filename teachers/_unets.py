@@ -3,7 +3,7 @@
 SongUNet is DDPM++ and NCSN++ (Song et al. 2021), DhariwalUNet is ADM (Dhariwal & Nichol 2021), with
 EDM's settings (Appendix F). Names of modules and buffers are the published ones, so that published
 weights fit with `strict=True`; so is the initialisation. Preconditioning and all defaults are in
-edm.py. Left out: half precision.
+edm.py. Features have the precision of the images, embeddings are float32.
 """
 
 from __future__ import annotations

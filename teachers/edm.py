@@ -1,7 +1,7 @@
 """Preconditioned denoisers (Karras et al. 2022, arXiv 2206.00364, Table 1): VP, VE, iDDPM and EDM.
 
 Fits the published networks of DDPM++, NCSN++ and ADM shape, of classes `EDMPrecond`, `VPPrecond`,
-`VEPrecond` and `iDDPMPrecond`. Their precision switch is left out: everything runs in float32.
+`VEPrecond` and `iDDPMPrecond`. Their own precision switch is ignored: see core/precision.py.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ class Coefficients(NamedTuple):
 class EDMDenoiser(nn.Module):
     """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise) (EDM, Eq. 7).
 
-    A `core.protocols.Denoiser`. Random (dropout, of features and labels) in train mode only.
+    A `core.protocols.Denoiser`. Random (dropout, of features and labels) in train mode only. F
+    computes in `compute_dtype`, all around it in float32.
     """
 
     def __init__(self, network: nn.Module, config: Config) -> None:
@@ -176,6 +177,7 @@ class EDMDenoiser(nn.Module):
         self.sigma_min = config.sigma_min or _SAMPLED_SIGMA_MIN
         self.sigma_max = config.sigma_max or _SAMPLED_SIGMA_MAX
         self.sigma_data = config.sigma_data
+        self.compute_dtype = torch.float32
         self.model = network
 
     def forward(
@@ -198,7 +200,8 @@ class EDMDenoiser(nn.Module):
         augment_labels = self._augment_labels(noisy, augment_labels)
         noisy, sigma = noisy.float(), sigma.float()
         c = self._coefficients(sigma, sigma[:, None, None, None])
-        output = self.model(c.c_in * noisy, c.c_noise, self._one_hot(noisy, labels), augment_labels)
+        scaled = (c.c_in * noisy).to(self.compute_dtype)
+        output = self.model(scaled, c.c_noise, self._one_hot(noisy, labels), augment_labels)
         return c.c_skip * noisy + c.c_out * output[:, : self.image_shape[0]].float()
 
     def round_sigma(self, sigma: Tensor) -> Tensor:

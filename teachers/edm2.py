@@ -158,6 +158,7 @@ class EDM2Denoiser(nn.Module):
         self.num_classes = config.label_dim
         self.sigma_min, self.sigma_max = _SIGMA_MIN, _SIGMA_MAX
         self.sigma_data = config.sigma_data
+        self.compute_dtype = torch.float32
         self.unet = UNet(config)
         self.logvar_fourier = MPFourier(config.logvar_channels)
         self.logvar_linear = Kept(torch.randn(1, config.logvar_channels))
@@ -178,7 +179,8 @@ class EDM2Denoiser(nn.Module):
         c_out = level * self.sigma_data * variance.rsqrt()
         c_in = variance.rsqrt()
         c_noise = sigma.log() / 4
-        residual = self.unet(c_in * noisy, c_noise, self._one_hot(noisy, labels))
+        scaled = (c_in * noisy).to(self.compute_dtype)
+        residual = self.unet(scaled, c_noise, self._one_hot(noisy, labels))
         return c_skip * noisy + c_out * residual.float()
 
     def normalize_weights(self) -> None:
@@ -361,7 +363,7 @@ class Block(nn.Module):
         if self.is_encoder:
             features = normalized(self._narrowed(features), dim=1)
         scale = 1 + self.emb_linear(embedding, gain=self.emb_gain)[:, :, None, None]
-        hidden = mp_silu(self.conv_res0(mp_silu(features)) * scale)
+        hidden = mp_silu(self.conv_res0(mp_silu(features)) * scale.to(features.dtype))
         hidden = self.conv_res1(F.dropout(hidden, self.dropout, self.training))
         if not self.is_encoder:
             features = self._narrowed(features)

@@ -22,6 +22,7 @@ from core import distributed
 from core.config import Section
 from core.distributed import World
 from core.errors import UserError
+from core.precision import Precision, computing_in
 from core.protocols import (
     LossOutput,
     Networks,
@@ -58,6 +59,10 @@ class Config(Section):
     """Thousands of images over which both learning rates rise from 0."""
     anneal_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images at the end over which both learning rates fall to 0."""
+    precision: Precision = "float32"
+    """What diffusion networks compute in while training; weights and what is measured stay
+    float32. bfloat16 is faster where the device has it.
+    """
     gradient_clip: float | None = Field(default=None, gt=0)
     """Largest norm of an update's gradient; longer ones are scaled down to it. null: no limit."""
     ema_halflife_kimg: float = Field(default=500.0, ge=0)
@@ -123,10 +128,8 @@ def train(
     with Status(folder, world, images_seen=state.images_seen, total_images=total) as status:
         while state.images_seen < total:
             before = state.images_seen
-            for phase in objective.phases:
-                for repeat in range(phase.repeats_at(before)):
-                    status.add(update(phase, repeat, state, config, trained=trained, world=world))
-            _advance(state, config)
+            for readings in play_round(state, objective, config, trained=trained, world=world):
+                status.add(readings)
             now, last = state.images_seen, state.images_seen >= total
             stop = _any(stop_requested(), world)
             if last or stop or showing.due(before, now):
@@ -138,6 +141,18 @@ def train(
             if stop and not last:
                 raise Interrupted
     return state
+
+
+def play_round(
+    state: TrainState, objective: Objective, config: Config, *, trained: Networks, world: World
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the readings of each update of one round; then the round is counted and averaged in."""
+    networks = (trained.student, trained.score, trained.teacher)
+    with computing_in(config.precision, networks):
+        for phase in objective.phases:
+            for repeat in range(phase.repeats_at(state.images_seen)):
+                yield update(phase, repeat, state, config, trained=trained, world=world)
+    _advance(state, config)
 
 
 def update(

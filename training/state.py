@@ -41,6 +41,10 @@ _UNFIT = frozenset(("Optimizer", "LBFGS", "Muon", "SparseAdam"))
 """The base class, and those that need a closure, matrices alone or sparse gradients."""
 
 
+_FUSED = frozenset(("Adam", "AdamW", "SGD"))
+"""Those that go over the weights once instead of ten times, on every device."""
+
+
 def optimizer_names() -> list[str]:
     """Return the names of torch.optim's optimizers that can train any network from gradients."""
     kinds = ((name, kind) for name, kind in vars(torch.optim).items() if isinstance(kind, type))
@@ -102,4 +106,6 @@ def _optimizer(network: nn.Module, lr: float, config: OptimizerConfig) -> torch.
         # Adafactor's eps is a pair, of another meaning.
         if name in known and isinstance(known[name].default, tuple) == isinstance(value, tuple)
     }
+    if config.name in _FUSED:
+        chosen["fused"] = True
     return kind(network.parameters(), lr=lr, **chosen)

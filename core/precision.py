@@ -1,0 +1,39 @@
+"""Lower precision inside networks while they train; what they take and give stays float32.
+
+A module that can compute in lower precision has a `compute_dtype`, float32 unless it is set here:
+its parameters stay float32 and are cast where they are used. So a network is measured, published
+and averaged in float32 whatever it was trained in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import nn
+
+Precision = Literal["float32", "bfloat16"]
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Lowerable(Protocol):
+    """A module that can compute in lower precision."""
+
+    compute_dtype: torch.dtype
+
+
+@contextmanager
+def computing_in(precision: Precision, networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Run the body with every module of the networks that can do so computing in a precision."""
+    modules = (module for network in networks for module in network.modules())
+    able = [cast(Lowerable, module) for module in modules if hasattr(module, "compute_dtype")]
+    before = [module.compute_dtype for module in able]
+    for module in able:
+        module.compute_dtype = DTYPES[precision]
+    try:
+        yield
+    finally:
+        for module, dtype in zip(able, before, strict=True):
+            module.compute_dtype = dtype
