@@ -12,10 +12,8 @@ from the first one's by more than 1e-3 of their largest value stops the program.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,8 @@ import click
 import torch
 from torch import Tensor, nn
 
+from benchmarks._memory import in_use, reset_peak
+from benchmarks._published import on_path
 from core.errors import UserError
 from custom_ops import backend
 from generators import stylegan2, stylegan3
@@ -129,28 +129,12 @@ def _under(policy: backend.KernelPolicy, student: nn.Module) -> Network:
 
 
 def _published(case: Case, checkout: Path) -> nn.Module:
-    """Return the published network of this shape.
-
-    The checkout names a package `training`, as we do: ours steps aside during the import.
-    """
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_training(name)}
-    sys.path.insert(0, str(checkout.resolve()))
-    module = f"training.networks_{case.family.__name__.rpartition('.')[2]}"
-    try:
+    """Return the published network of this shape."""
+    with on_path(checkout):
+        module = f"training.networks_{case.family.__name__.rpartition('.')[2]}"
         generator = importlib.import_module(module).Generator
-    except ImportError as error:
-        raise UserError(f"--published {checkout}: cannot import {module}: {error}") from error
-    finally:
-        sys.path.pop(0)
-        for name in [name for name in sys.modules if _is_training(name)]:
-            del sys.modules[name]
-        sys.modules.update(hidden)
     settings = dict(case.settings)
     return generator(c_dim=0, mapping_kwargs=settings.pop("mapping"), **settings)
-
-
-def _is_training(module: str) -> bool:
-    return module.partition(".")[0] == "training"
 
 
 @torch.no_grad()
@@ -185,7 +169,7 @@ def _measured(
 
 def _run(network: Network, latents: Tensor, *, backward: bool) -> Run:
     """Return what one pass took; gradients are of the weights, and accumulate."""
-    before = _reset_peak(latents)
+    before = reset_peak(latents.device)
     started = time.perf_counter()
     with torch.set_grad_enabled(backward):
         images = network(latents)
@@ -194,30 +178,8 @@ def _run(network: Network, latents: Tensor, *, backward: bool) -> Run:
     if latents.is_cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    peak = _in_use(latents, peak=True)
+    peak = in_use(latents.device, peak=True)
     return Run(seconds, None if peak is None or before is None else peak - before)
-
-
-def _reset_peak(like: Tensor) -> float | None:
-    """Forget the peak so far; return the MiB in use."""
-    if like.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide what is taken anew
-        Path("/proc/self/clear_refs").write_text("5")
-    return _in_use(like)
-
-
-def _in_use(like: Tensor, *, peak: bool = False) -> float | None:
-    if like.is_cuda:
-        of = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
-        return of() / 2**20
-    if sys.platform != "linux":
-        return None
-    key = "VmHWM:" if peak else "VmRSS:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(key))
 
 
 def _median_seconds(results: list[Run]) -> float:

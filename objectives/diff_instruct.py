@@ -142,9 +142,11 @@ def student_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOut
     made = make(networks, draws, dropout=config.dropout.student)
     sigma = config.sigma.draw(draws, "sigma")
     noisy = add_noise(made.images.detach(), sigma, draws, "noise")
-    with torch.no_grad(), dropping(networks.score, draws, wanted=config.dropout.pull):
-        denoised = networks.score(noisy, sigma, made.labels)
-    return _surrogate(networks.teacher, made, denoised, noisy, sigma, draws, config=config)
+    pair = (networks.score, networks.teacher)
+    score, teacher = (
+        _denoised(network, noisy, sigma, made.labels, draws, config=config) for network in pair
+    )
+    return _surrogate(made.images, score, teacher, sigma, config=config)
 
 
 def shared_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
@@ -157,36 +159,47 @@ def shared_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutp
     images = made.images.detach()
     sigma = config.sigma.draw(draws, "sigma")
     noisy = add_noise(images, sigma, draws, "noise")
+    teacher = _denoised(networks.teacher, noisy, sigma, made.labels, draws, config=config)
     with dropping(networks.score, draws, wanted=config.dropout.score):
-        denoised = networks.score(noisy, sigma, made.labels)
-    score = denoising_loss(denoised, images, sigma, sigma_data=config.sigma_data)
-    denoised = denoised.detach()
-    student = _surrogate(networks.teacher, made, denoised, noisy, sigma, draws, config=config)
-    return LossOutput(score.per_image + student.per_image, {**score.readings, **student.readings})
+        score = networks.score(noisy, sigma, made.labels)
+    of_score = denoising_loss(score, images, sigma, sigma_data=config.sigma_data)
+    of_student = _surrogate(made.images, score.detach(), teacher, sigma, config=config)
+    readings = {**of_score.readings, **of_student.readings}
+    return LossOutput(of_score.per_image + of_student.per_image, readings)
+
+
+def _denoised(
+    network: nn.Module,
+    noisy: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+    draws: Draws,
+    *,
+    config: Config,
+) -> Tensor:
+    """Return what score network or teacher says of noisy images in the student phase, no graph."""
+    with torch.no_grad(), dropping(network, draws, wanted=config.dropout.pull):
+        return network(noisy, sigma, labels)
 
 
 def _surrogate(
-    teacher: nn.Module,
-    made: Made,
+    images: Tensor,
     score_denoised: Tensor,
-    noisy: Tensor,
+    teacher_denoised: Tensor,
     sigma: Tensor,
-    draws: Draws,
     *,
     config: Config,
 ) -> LossOutput:
     """Return the images times their pull, [N]: its gradient by the images is the pull."""
-    with torch.no_grad(), dropping(teacher, draws, wanted=config.dropout.pull):
-        teacher_denoised = teacher(noisy, sigma, made.labels)
     pull = ikl_pull(
-        made.images.detach(),
+        images.detach(),
         score_denoised,
         teacher_denoised,
         sigma,
         weighting=config.weighting,
         sigma_data=config.sigma_data,
     )
-    loss = (pull * made.images).flatten(1).sum(1)
+    loss = (pull * images).flatten(1).sum(1)
     return LossOutput(loss, {"pull": pull.square().mean((1, 2, 3)).sqrt().mean()})
 
 
