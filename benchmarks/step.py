@@ -1,0 +1,267 @@
+"""A round of Diff-Instruct, score and student step: images per second and peak memory by setting.
+
+    python -m benchmarks.step                               CIFAR-10's DDPM++, on the CPU
+    python -m benchmarks.step --device cuda --batch 128 --shape ffhq-64
+    python -m benchmarks.step --published PATH              beside the official code's step
+
+The student is the teacher at one noise level (`--distill`), all weights are drawn. A round holds
+both steps, both optimizers and the moving average. Each column runs in a process of its own, one
+at a time and in turns, so that its peak memory is its own and a busy machine slows all alike.
+
+PATH is a checkout of the official Diff-Instruct code. Its networks and losses run unmodified, in
+the order of its training loop: train mode with dropout, float32. It saves the state of CUDA's
+random numbers in between, in whose place it is given the CPU's where there is no CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks._memory import in_use
+from benchmarks._published import on_path
+from core.distributed import World
+from core.errors import UserError
+from core.precision import DTYPES, Precision
+from core.protocols import Networks
+from generators import one_step_edm
+from objectives import diff_instruct
+from teachers import edm
+from training import loop
+from training import state as training_state
+
+_DDPMPP = {"img_channels": 3, "model_type": "SongUNet", "augment_dim": 9}
+SHAPES = {
+    "cifar10": {**_DDPMPP, "img_resolution": 32, "channel_mult": (2, 2, 2), "dropout": 0.13},
+    "ffhq-64": {**_DDPMPP, "img_resolution": 64, "dropout": 0.05},
+    "imagenet-64": {"img_channels": 3, "img_resolution": 64, "label_dim": 1000},
+}
+"""The published networks: DDPM++ of 55.7 M and 61.8 M weights, ADM of 295.9 M."""
+PUBLISHED = "official code"
+
+
+class Column(NamedTuple):
+    """A setting of our round."""
+
+    precision: Precision
+    shared_batch: bool
+
+
+COLUMNS = {
+    "float32": Column("float32", False),
+    "float32, shared batch": Column("float32", True),
+    "bfloat16": Column("bfloat16", False),
+    "bfloat16, shared batch": Column("bfloat16", True),
+}
+
+
+class Task(NamedTuple):
+    """What a process is to run."""
+
+    column: str
+    shape: str
+    batch: int
+    device: str
+    threads: int
+    published: Path | None
+
+
+class Report(NamedTuple):
+    """What a process found out about its rounds."""
+
+    mebibytes: float | None
+    """Peak of the process, or of the GPU's memory in use."""
+    flops: float
+    """Multiply and add of the convolutions and matrix products of one round."""
+
+
+@click.command()
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="cifar10", show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--column", "names", multiple=True, type=click.Choice(list(COLUMNS)))
+@click.option("--published", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(
+    device: str,
+    shape: str,
+    batch: int,
+    rounds: int,
+    threads: int,
+    names: tuple[str, ...],
+    published: Path | None,
+) -> None:
+    """Print the table."""
+    columns = [*(names or COLUMNS), *([PUBLISHED] if published else [])]
+    tasks = [Task(name, shape, batch, device, threads, published) for name in columns]
+    seconds, reports = _measured(tasks, rounds=rounds)
+    rates = {name: _matrix_rate(name, device, threads) for name in columns}
+    base = statistics.median(seconds[columns[-1]])
+    click.echo(
+        f"| {shape}, batch {batch} | s a round | images/s | peak MiB | of matrix rate | speed, "
+        f"{columns[-1]} = 1 |"
+    )
+    click.echo("|---|---:|---:|---:|---:|---:|")
+    for name, report in zip(columns, reports, strict=True):
+        median = statistics.median(seconds[name])
+        peak = "unknown" if report.mebibytes is None else f"{report.mebibytes:.0f}"
+        share = report.flops / median / rates[name]
+        click.echo(
+            f"| {name} | {median:.2f} | {batch / median:.3g} | {peak} | {share:.0%} "
+            f"| {base / median:.2f} |"
+        )
+
+
+def _measured(tasks: list[Task], *, rounds: int) -> tuple[dict[str, list[float]], list[Report]]:
+    """Return the seconds of each column's rounds, taken in turns, and its report."""
+    spawn = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {task.column: [] for task in tasks}
+    with contextlib.ExitStack() as stack:
+        lines = []
+        for task in tasks:
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(task, theirs), daemon=True)
+            process.start()
+            stack.callback(process.terminate)
+            theirs.close()
+            lines.append(ours)
+            _asked(ours, "warm up", task)
+        for _ in range(rounds):
+            for line, task in zip(lines, tasks, strict=True):
+                seconds[task.column].append(_asked(line, "round", task))
+        reports = [_asked(line, "report", task) for line, task in zip(lines, tasks, strict=True)]
+    return seconds, reports
+
+
+def _asked(line: Connection, request: str, task: Task):
+    line.send(request)
+    try:
+        return line.recv()
+    except (EOFError, ConnectionError):
+        raise UserError(f"the process of {task.column} ended; what it said is above") from None
+
+
+def _serve(task: Task, line: Connection) -> None:
+    """Answer "warm up", "round" (with its seconds) and "report" until the line is closed."""
+    torch.set_num_threads(task.threads)
+    play = _official(task) if task.column == PUBLISHED else _ours(task)
+    device, flops = torch.device(task.device), 0.0
+    with contextlib.suppress(EOFError):
+        while request := line.recv():
+            if request == "report":
+                peak = in_use(device, peak=True)
+                with FlopCounterMode(display=False) as counter:
+                    play()
+                flops = counter.get_total_flops()
+                line.send(Report(peak, flops))
+                continue
+            started = time.perf_counter()
+            play()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            line.send(time.perf_counter() - started)
+
+
+def _ours(task: Task) -> Callable[[], object]:
+    """Return what plays one round of ours."""
+    device, column = torch.device(task.device), COLUMNS[task.column]
+    torch.manual_seed(0)
+    teacher = edm.build(edm.Config.model_validate(SHAPES[task.shape]))
+    teacher = teacher.to(device, memory_format=torch.channels_last)
+    student = one_step_edm.from_teacher(teacher, one_step_edm.Config())
+    networks = Networks(student, copy.deepcopy(teacher), teacher)
+    config = loop.Config(batch_size=task.batch, precision=column.precision)
+    state = training_state.start(
+        networks,
+        student_lr=config.student_lr,
+        score_lr=config.score_lr,
+        optimizer=config.optimizer,
+    )
+    settings = diff_instruct.Config(shared_batch=column.shared_batch)
+    objective, alone = diff_instruct.build(settings), World(0, 1, 0, device)
+    return lambda: list(loop.play_round(state, objective, config, trained=networks, world=alone))
+
+
+def _official(task: Task) -> Callable[[], object]:
+    """Return what plays one round of the official code: its networks and losses, in its order."""
+    assert task.published is not None
+    with on_path(task.published):
+        from training.di_loss import DI_EDMLoss  # pyright: ignore
+        from training.networks import EDMPrecond  # pyright: ignore
+    if task.device == "cpu":
+        torch.cuda.get_rng_state, torch.cuda.set_rng_state = (
+            torch.get_rng_state,
+            torch.set_rng_state,
+        )
+    shape = {**SHAPES[task.shape]}
+    classes, resolution = shape.pop("label_dim", 0), shape.pop("img_resolution")
+    torch.manual_seed(0)
+    net = EDMPrecond(resolution, shape.pop("img_channels"), label_dim=classes, **shape)
+    net = net.to(task.device).eval().requires_grad_(False)
+    score, student = (copy.deepcopy(net).train().requires_grad_(True) for _ in range(2))
+    average = copy.deepcopy(student).eval().requires_grad_(False)
+    score_adam, student_adam = (
+        torch.optim.Adam(module.parameters(), lr=1e-5, betas=(0.0, 0.999), eps=1e-8)
+        for module in (score, student)
+    )
+    loss_of = DI_EDMLoss()
+
+    def made():
+        latents = torch.randn(task.batch, 3, resolution, resolution, device=task.device)
+        labels = torch.eye(max(classes, 1), classes, device=task.device)[:1].expand(task.batch, -1)
+        sigma = torch.ones(task.batch, 1, 1, 1, device=task.device)
+        augment = torch.zeros(task.batch, 9, device=task.device)
+        return student(latents, sigma, labels, augment_labels=augment), labels
+
+    def stepped(adam, module, loss) -> None:
+        adam.zero_grad(set_to_none=True)
+        loss.sum().mul(1 / task.batch).backward()
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+        adam.step()
+
+    def play() -> None:
+        student.eval()
+        with torch.no_grad():
+            images, labels = made()
+        student.train()
+        stepped(score_adam, score, loss_of(net=score, images=images, labels=labels))
+        images, labels = made()
+        stepped(student_adam, student, loss_of.gloss(net, score, images, labels))
+        with torch.no_grad():
+            for slow, fast in zip(average.parameters(), student.parameters(), strict=True):
+                slow.copy_(fast.detach().lerp(slow, 0.999))
+
+    return play
+
+
+def _matrix_rate(column: str, device: str, threads: int, *, size: int = 2048) -> float:
+    """Return FLOP/s of a product of two square matrices in the precision of a column, at best."""
+    torch.set_num_threads(threads)
+    dtype = DTYPES[COLUMNS[column].precision] if column in COLUMNS else torch.float32
+    first, second = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(20):
+        started = time.perf_counter()
+        torch.mm(first, second)
+        if first.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+if __name__ == "__main__":
+    main()
