@@ -107,10 +107,10 @@ def main(
     columns = [*(names or COLUMNS), *([PUBLISHED] if published else [])]
     tasks = [Task(name, shape, batch, device, threads, published) for name in columns]
     seconds, reports = _measured(tasks, rounds=rounds)
-    rates = {name: _matrix_rate(name, device, threads) for name in columns}
+    rates = {name: _device_rate(name, device, threads) for name in columns}
     base = statistics.median(seconds[columns[-1]])
     click.echo(
-        f"| {shape}, batch {batch} | s a round | images/s | peak MiB | of matrix rate | speed, "
+        f"| {shape}, batch {batch} | s a round | images/s | peak MiB | of device rate | speed, "
         f"{columns[-1]} = 1 |"
     )
     click.echo("|---|---:|---:|---:|---:|---:|")
@@ -248,19 +248,30 @@ def _official(task: Task) -> Callable[[], object]:
     return play
 
 
-def _matrix_rate(column: str, device: str, threads: int, *, size: int = 2048) -> float:
-    """Return FLOP/s of a product of two square matrices in the precision of a column, at best."""
+def _device_rate(column: str, device: str, threads: int) -> float:
+    """Return FLOP/s in the precision of a column, at best: of a product of matrices, or of a
+    convolution, which some processors do faster.
+    """
     torch.set_num_threads(threads)
     dtype = DTYPES[COLUMNS[column].precision] if column in COLUMNS else torch.float32
-    first, second = torch.randn(2, size, size, device=device).to(dtype)
+    first, second = torch.randn(2, 2048, 2048, device=device).to(dtype)
+    images = torch.randn(8, 256, 32, 32, device=device).to(dtype, memory_format=torch.channels_last)
+    kernel = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    product = _at_best(lambda: torch.mm(first, second), device)
+    convolution = _at_best(lambda: torch.conv2d(images, kernel, padding=1), device)
+    return max(2 * 2048**3 / product, 2 * images.numel() * kernel[:, 0].numel() / convolution)
+
+
+def _at_best(run: Callable[[], object], device: str) -> float:
+    """Return the seconds of the fastest of 20 runs."""
     seconds = []
     for _ in range(20):
         started = time.perf_counter()
-        torch.mm(first, second)
-        if first.is_cuda:
+        run()
+        if device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
+    return min(seconds)
 
 
 if __name__ == "__main__":

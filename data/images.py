@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
-import zipfile
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.errors import UserError
+from data._files import UNREADABLE, image_names, open_files, read_labels
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-_LABELS_FILE = "dataset.json"
 _MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 
 
@@ -35,11 +32,12 @@ class Images(Dataset[Tensor]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files = _open(self.path)
-        self.names = _image_names(self._files.names())
+        self._files = open_files(self.path)
+        self.names = image_names(self._files.names(), _SUFFIXES)
         if not self.names:
             raise UserError(f"{self.path} holds no PNG or JPEG image")
-        self.labels = _read_labels(self._files, self.names, self.path)
+        labels = read_labels(self._files, self.names, self.path)
+        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         """[N] int64, or None where dataset.json is absent or gives none."""
         self.image_shape: tuple[int, int, int] = tuple(self._decode(self.names[0]).shape)
         """(C, H, W) of every image."""
@@ -87,7 +85,7 @@ class Images(Dataset[Tensor]):
         try:
             picture = Image.open(io.BytesIO(self._files.read(name)))
             picture.load()
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise UserError(f"{self.path}: {name} is not a readable image: {error}") from error
         if picture.mode not in _MODES or "transparency" in picture.info:
             raise UserError(
@@ -96,89 +94,6 @@ class Images(Dataset[Tensor]):
             )
         pixels = np.array(picture.convert(_MODES[picture.mode]))
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
-
-
-class _Folder:
-    """The files below a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def names(self) -> list[str]:
-        files = (file for file in self._path.rglob("*") if file.is_file())
-        return [file.relative_to(self._path).as_posix() for file in files]
-
-    def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
-
-
-class _Zip:
-    """The files of a zip, opened once a process: workers must not share one file position."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._opened: tuple[int, zipfile.ZipFile] | None = None
-
-    def names(self) -> list[str]:
-        return [entry.filename for entry in self._archive().infolist() if not entry.is_dir()]
-
-    def read(self, name: str) -> bytes:
-        return self._archive().read(name)
-
-    def _archive(self) -> zipfile.ZipFile:
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), zipfile.ZipFile(self._path))
-        return self._opened[1]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"_path": self._path, "_opened": None}
-
-
-def _open(path: Path) -> _Folder | _Zip:
-    if path.is_dir():
-        return _Folder(path)
-    if not path.exists():
-        raise UserError(f"no images at {path}: expected an existing zip or folder")
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"{path} is neither a folder nor a readable zip: expected images in one of the two"
-        )
-    return _Zip(path)
-
-
-def _image_names(names: list[str]) -> list[str]:
-    """Return the image files among names, sorted, without the hidden ones that some systems add."""
-
-    def is_image(name: str) -> bool:
-        path = PurePosixPath(name)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-        return path.suffix.lower() in _SUFFIXES and not hidden
-
-    return sorted(name for name in names if is_image(name))
-
-
-def _read_labels(files: _Folder | _Zip, names: list[str], path: Path) -> Tensor | None:
-    """Return [N] int64 in the order of names, or None."""
-    if _LABELS_FILE not in files.names():
-        return None
-    try:
-        pairs = json.loads(files.read(_LABELS_FILE))["labels"]
-        label_of = None if pairs is None else dict(pairs)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{path}: {_LABELS_FILE} must be {{"labels": [["name", 3], …]}} or '
-            f'{{"labels": null}}, but: {error!r}'
-        ) from error
-    if label_of is None:
-        return None
-    for name in names:
-        label = label_of.get(name)
-        if type(label) is not int or label < 0:
-            raise UserError(
-                f"{path}: {_LABELS_FILE} gives {name} the label {label!r}; "
-                "expected a whole number from 0 up"
-            )
-    return torch.tensor([label_of[name] for name in names], dtype=torch.int64)
 
 
 def _size(shape: tuple[int, ...]) -> str:

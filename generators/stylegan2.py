@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Section, validate
+from core.convolution import conv2d
 from core.pickles import NetworkRecord
 from custom_ops.bias_act import ACTIVATIONS, bias_act
 from custom_ops.upfirdn2d import fir_filter, upfirdn2d
@@ -229,7 +230,7 @@ class StyledConvolution(nn.Module):
         if self.up == 2:
             x = convolve_upsampled(x, self.weight, self.resample_filter)
         else:
-            x = F.conv2d(x, self.weight, padding=1)
+            x = conv2d(x, self.weight, padding=1)
         x = x * demodulation(style, self.weight)[:, :, None, None]
         if self.use_noise and noise_mode != "none":
             x = x + self._noise(x, noise_mode) * self.noise_strength
@@ -256,7 +257,7 @@ class ToImage(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w) * self.weight_gain
-        x = F.conv2d(x * style[:, :, None, None], self.weight)
+        x = conv2d(x * style[:, :, None, None], self.weight)
         return bias_act(x, self.bias, clamp=self.clamp)
 
 
@@ -270,7 +271,7 @@ class UpsampledProjection(nn.Module):
         self.weight_gain = in_channels**-0.5
 
     def forward(self, x: Tensor, *, gain: float) -> Tensor:
-        return upsample(F.conv2d(x, self.weight * (self.weight_gain * gain)), self.resample_filter)
+        return upsample(conv2d(x, self.weight * (self.weight_gain * gain)), self.resample_filter)
 
 
 def convolve_upsampled(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:

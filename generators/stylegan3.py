@@ -17,11 +17,11 @@ import numpy as np
 import scipy.signal
 import scipy.special
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Section, validate
+from core.convolution import conv2d
 from core.pickles import NetworkRecord
 from custom_ops.filtered_lrelu import filtered_lrelu
 from generators._layers import (
@@ -243,7 +243,7 @@ class FourierFeatures(nn.Module):
         across, down = freqs[:, :, :1] * line, freqs[:, :, 1:] * line + phases[:, :, None]
         waves = torch.sin(2 * pi * (across[:, :, None, :] + down[:, :, :, None]))
         mixing = self.weight / self.signal.channels**0.5
-        return F.conv2d(waves * amplitude[:, :, None, None], mixing[:, :, None, None])
+        return conv2d(waves * amplitude[:, :, None, None], mixing[:, :, None, None])
 
     def _placed(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Return frequencies [N, C, 2] and phases [N, C] after the rotation and shift of w."""
@@ -281,7 +281,7 @@ class FilteredConvolution(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w)
         x = x * (style * self.magnitude_ema.rsqrt())[:, :, None, None]
-        x = F.conv2d(x, self.weight, padding=self.weight.shape[-1] - 1)
+        x = conv2d(x, self.weight, padding=self.weight.shape[-1] - 1)
         x = x * demodulation(style, self.weight)[:, :, None, None]
         return filtered_lrelu(
             x,
@@ -309,7 +309,7 @@ class ToImage(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         gain = self.magnitude_ema.rsqrt() * self.weight.shape[1] ** -0.5
         x = x * (self.affine(w) * gain)[:, :, None, None]
-        x = F.conv2d(x, self.weight, self.bias)
+        x = conv2d(x, self.weight, self.bias)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.convolution import conv2d
+
 Resample = Literal["up", "down"]
 InitLaw = Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"]
 
@@ -111,7 +113,7 @@ class Conv(nn.Module):
 
     def _convolved(self, images: Tensor, *, padding: int) -> Tensor:
         weight, bias = self._cast(images)
-        return F.conv2d(images, weight, bias, padding=padding)
+        return conv2d(images, weight, bias, padding=padding)
 
     def _cast(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight and bias in the precision of the images."""

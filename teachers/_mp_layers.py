@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.convolution import conv2d
+
 Resample = Literal["up", "down"]
 _EPS = 1e-4
 """Added to every magnitude that something is divided by."""
@@ -36,7 +38,7 @@ class MPConv(nn.Module):
         weight = self.effective_weight(gain).to(features.dtype)
         if weight.ndim == 2:
             return F.linear(features, weight)
-        return F.conv2d(features, weight, padding=weight.shape[-1] // 2)
+        return conv2d(features, weight, padding=weight.shape[-1] // 2)
 
     def effective_weight(self, gain: Tensor | float = 1.0) -> Tensor:
         """Return gain w / |w|, whose outputs for unit normal inputs have variance gain^2."""
