@@ -312,15 +312,21 @@ _DENOISERS: dict[str, type[EDMDenoiser]] = {
 
 
 def build(config: Config) -> EDMDenoiser:
-    """Return a denoiser with freshly initialised weights."""
+    """Return a denoiser with freshly initialised weights.
+
+    Raises UserError where its channels cannot be normalised in the published groups.
+    """
     out_channels = config.img_channels * (2 if config.preconditioning == "iDDPM" else 1)
-    if config.model_type == "SongUNet":
-        network = SongUNet(out_channels=out_channels, **config.model_dump(exclude=_NOT_THE_NETWORK))
-    else:
-        network = DhariwalUNet(
-            out_channels=out_channels,
-            **config.model_dump(exclude=_NOT_THE_NETWORK | _SONG_ONLY),
-        )
+    is_song = config.model_type == "SongUNet"
+    excluded = _NOT_THE_NETWORK if is_song else _NOT_THE_NETWORK | _SONG_ONLY
+    shape = config.model_dump(exclude=excluded)
+    try:
+        network = (SongUNet if is_song else DhariwalUNet)(out_channels=out_channels, **shape)
+    except ValueError as error:
+        raise UserError(
+            f"model_channels {config.model_channels} times channel_mult {config.channel_mult}: "
+            f"{error}; a multiple of 16 or 32 as model_channels does"
+        ) from error
     return _DENOISERS[config.preconditioning](network, config)
 
 

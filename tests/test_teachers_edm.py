@@ -358,3 +358,13 @@ def test_copy_is_independent() -> None:
     with torch.no_grad():
         next(score.parameters()).add_(1.0)
     torch.testing.assert_close(denoiser(noisy, sigma), before, rtol=0, atol=0)
+
+
+def test_channels_that_cannot_be_normalised_are_refused() -> None:
+    """24 channels times 2 and 4 meet in the decoder as 144, which 32 groups do not divide."""
+    config = Config(
+        img_resolution=8, img_channels=1, model_type="SongUNet", model_channels=24,
+        channel_mult=(1, 2, 4), num_blocks=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"model_channels 24 times .*a multiple of 16 or 32"):
+        build(config)

@@ -3,11 +3,11 @@
     python -m assets.mnist32.make features DIGITS.zip    the feature network, and its accuracy
     python -m assets.mnist32.make reference DIGITS.zip   statistics of the real digits, the floor
     python -m assets.mnist32.make student DIGITS.zip     the GAN, adversarially, and its curve
-    python -m assets.mnist32.make teacher DIGITS.zip     the diffusion model, and its curve
     python -m assets.mnist32.make teacher-samples        statistics of its samples
 
 `features` comes first, `reference` second: the others measure with them. Each writes its files
-beside this one. README.md says what was run and what came out.
+beside this one; the teacher is made by `refine.py --teach`. README.md says what was run and what
+came out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import teachers
-from assets.mnist32 import adversarial, denoising
+from assets.mnist32 import adversarial
 from core import networks
 from core.run_folder import atomic_write
 from data.images import Images
@@ -33,7 +33,7 @@ from eval import features, reference
 from eval.metrics import FeatureStatistics, frechet_distance
 from eval.samples import ImagesOf, generated_statistics, images_of_seeds
 from generators import stylegan2
-from teachers import edm, sampling
+from teachers import sampling
 
 HERE = Path(__file__).parent
 STUDENT = stylegan2.Config(
@@ -45,17 +45,6 @@ STUDENT = stylegan2.Config(
     mapping=stylegan2.MappingConfig(num_layers=2),
     channel_base=256,
     channel_max=64,
-)
-TEACHER = edm.Config(
-    img_resolution=32,
-    img_channels=1,
-    label_dim=10,
-    model_type="SongUNet",
-    model_channels=16,
-    channel_mult=(1, 2, 4),
-    num_blocks=1,
-    attn_resolutions=(8,),
-    dropout=0.0,
 )
 IMAGE = (1, 32, 32)
 HELD_OUT = 1000
@@ -116,20 +105,6 @@ def make_student(source: Path, digits: int, kimg: float, every_kimg: float) -> N
     _keep_best("student", steps, fid, every_kimg=every_kimg)
 
 
-@main.command("teacher")
-@_source
-@click.option("--kimg", default=640.0, show_default=True, help="Length in thousands of digits.")
-@click.option("--every-kimg", default=106.0, show_default=True, help="Between measurements.")
-def make_teacher(source: Path, kimg: float, every_kimg: float) -> None:
-    """Train the diffusion model; the best of its measured moving averages is kept."""
-    images, labels = _digits(source)
-    torch.manual_seed(0)
-    teacher = edm.build(TEACHER).to(memory_format=torch.channels_last)
-    steps = denoising.train(teacher, images, labels, denoising.Settings(total_kimg=kimg))
-    fid = _teacher_fid(count=1000)
-    _keep_best("teacher", steps, fid, every_kimg=every_kimg)
-
-
 @main.command("teacher-samples")
 @click.option("--images", default=10_000, show_default=True, help="How many.")
 def make_teacher_samples(images: int) -> None:
@@ -174,14 +149,6 @@ def _keep_best(
 def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
     """Return a function from a student to its FID on images of the first seeds."""
     return lambda student: _fid(images_of_seeds(student, device="cpu"), count=count)
-
-
-def _teacher_fid(*, count: int) -> Callable[[nn.Module], float]:
-    """Return a function from a teacher to the FID of its 18-step samples."""
-    return lambda teacher: _fid(
-        images_of_seeds(teacher, partial(sampling.sample, config=sampling.Config()), device="cpu"),
-        count=count,
-    )
 
 
 def _fid(images_of: ImagesOf, *, count: int) -> float:
