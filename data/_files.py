@@ -1,0 +1,178 @@
+"""The files of a folder or zip, which of them are images, and what dataset.json says of these."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from core.errors import UserError
+
+LABELS_FILE = "dataset.json"
+CLASS_NAMES = "class_names"
+"""Key of dataset.json beside "labels": the name of each class, which other programs ignore."""
+
+
+UNREADABLE = (
+    OSError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,  # of an encrypted file in a zip
+    SyntaxError,  # of a damaged PNG
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading a file of a folder or zip, and decoding it, can raise."""
+
+
+class Files(Protocol):
+    """Named contents."""
+
+    def names(self) -> list[str]:
+        """Return all names, with / between folder and file."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content."""
+        ...
+
+
+class Folder:
+    """The files below a folder, links to folders included."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def names(self) -> list[str]:
+        return [Path(file).relative_to(self._path).as_posix() for file in _below(self._path)]
+
+    def read(self, name: str) -> bytes:
+        return (self._path / name).read_bytes()
+
+
+class Zip:
+    """The files of a zip, opened once a process: workers must not share one file position."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+
+    def names(self) -> list[str]:
+        return [entry.filename for entry in self._archive().infolist() if not entry.is_dir()]
+
+    def read(self, name: str) -> bytes:
+        return self._archive().read(name)
+
+    def _archive(self) -> zipfile.ZipFile:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), zipfile.ZipFile(self._path))
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_path": self._path, "_opened": None}
+
+
+def open_files(path: Path) -> Folder | Zip:
+    """Return the files of a folder or zip. Raises UserError where path is neither."""
+    if path.is_dir():
+        return Folder(path)
+    if not path.exists():
+        raise UserError(f"no images at {path}: expected an existing zip or folder")
+    if not _is_whole_zip(path):
+        raise UserError(
+            f"{path} is neither a folder nor a readable zip: expected images in one of the two"
+        )
+    return Zip(path)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name is one that some systems add and do not show."""
+    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+def image_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+    """Return those of names that end like an image, sorted, without the hidden ones."""
+    return sorted(
+        name
+        for name in names
+        if PurePosixPath(name).suffix.lower() in suffixes and not is_hidden(name)
+    )
+
+
+def read_labels(files: Files, names: Sequence[str], path: Path) -> list[int] | None:
+    """Return the label of each name, or None where dataset.json is absent or gives none.
+
+    Raises UserError where it gives some image no label, or one that is no whole number.
+    """
+    try:
+        pairs = _metadata(files)["labels"]
+        label_of = None if pairs is None else dict(pairs)
+    except (*UNREADABLE, KeyError, TypeError) as error:
+        raise UserError(
+            f'{path}: {LABELS_FILE} must be {{"labels": [["name", 3], …]}} or '
+            f'{{"labels": null}}, but: {error!r}'
+        ) from error
+    if label_of is None:
+        return None
+    for name in names:
+        label = label_of.get(name)
+        if type(label) is not int or label < 0:
+            raise UserError(
+                f"{path}: {LABELS_FILE} gives {name} the label {label!r}; "
+                "expected a whole number from 0 up"
+            )
+    return [label_of[name] for name in names]
+
+
+def read_class_names(files: Files, labels: Sequence[int], path: Path) -> list[str] | None:
+    """Return the names of classes 0, 1, … in a dataset.json that has labels, or None.
+
+    Raises UserError where they are no names, or fewer than the labels need.
+    """
+    names = _metadata(files).get(CLASS_NAMES)
+    if names is None:
+        return None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list or len(names) <= max(labels):
+        raise UserError(
+            f'{path}: "{CLASS_NAMES}" in {LABELS_FILE} must be a list of names, one for each '
+            f"label from 0 to {max(labels)}"
+        )
+    return names
+
+
+def _metadata(files: Files) -> dict:
+    try:
+        content = files.read(LABELS_FILE)
+    except (KeyError, FileNotFoundError):  # a zip's way to say that there is none, a folder's
+        return {"labels": None}
+    metadata = json.loads(content)
+    if not isinstance(metadata, dict):
+        raise TypeError(f"a {type(metadata).__name__}")
+    return metadata
+
+
+def _is_whole_zip(path: Path) -> bool:
+    try:
+        zipfile.ZipFile(path).close()
+    except (zipfile.BadZipFile, NotImplementedError):
+        return False
+    return True
+
+
+def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield all files below a folder; a link back to a folder above is not followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _below(Path(entry.path), (*above, real))
+            elif entry.is_file():
+                yield entry.path
