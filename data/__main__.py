@@ -1,0 +1,234 @@
+"""`python -m data prepare SOURCE OUT.zip`: any images into the zip that the other programs read."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from core.errors import UserError
+from data import prepare as preparation
+from data.prepare import Options, Size, Summary
+
+_LINE_EVERY_SECONDS = 15.0
+_NAMED = 20
+_WHAT_MANY_NETWORKS_TAKE = (
+    "StyleGAN's and EDM's networks take squares whose side is a power of two (32, 64, 128, …); "
+    "for them, give such a --resolution"
+)
+
+
+class _Resolution(click.ParamType):
+    name = "N|WxH"
+
+    def convert(self, value: object, param: object, ctx: object) -> Size:
+        match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(value))
+        width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not (width and height):
+            self.fail(f"{value!r}: expected pixels such as 64, or width x height such as 64x48")
+        return width, height
+
+
+def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command, made to leave with one sentence and exit code 2 where it cannot go on."""
+
+    @functools.wraps(command)
+    def spoken(*args: object, **options: object) -> None:
+        try:
+            command(*args, **options)
+        except UserError as error:
+            sys.exit(_says(f"error: {error}"))
+        except KeyboardInterrupt:
+            sys.exit(_says("stopped; nothing was written"))
+
+    return spoken
+
+
+def _says(sentence: str) -> int:
+    click.echo(sentence, err=True)
+    return 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Make sets of real images, for references (FID) and for training."""
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT.zip")
+@click.option(
+    "--resolution",
+    type=_Resolution(),
+    metavar="N|WxH",
+    help="Size of all images, in pixels: 64, or width x height as 64x48.  [default: as they are]",
+)
+@click.option(
+    "--crop",
+    type=click.Choice(["none", "center"]),
+    default="none",
+    show_default=True,
+    help="What to do with another shape than --resolution's: none stops at such an image, center "
+    "cuts the largest part of that shape out of its middle. Nothing is ever stretched.",
+)
+@click.option(
+    "--filter",
+    "resampling",
+    type=click.Choice(list(preparation.FILTERS)),
+    default="lanczos",
+    show_default=True,
+    help="How images are made smaller: lanczos is sharpest, box averages, bicubic is between.",
+)
+@click.option(
+    "--channels",
+    type=click.Choice(["1", "3", "keep"]),
+    default="keep",
+    show_default=True,
+    help="1 makes all images grey, 3 makes them RGB.",
+)
+@click.option("--images", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "test"]),
+    help="Which part of CIFAR-10 or MNIST.  [default: train]",
+)
+@click.option(
+    "--flat-labels",
+    is_flag=True,
+    help="Where folders of classes have folders in them, make each innermost one a class of its "
+    "own: animals/cat and animals/dog instead of animals.",
+)
+@click.option("--no-labels", is_flag=True, help="Write no labels, and look for none.")
+@click.option(
+    "--skip-broken", is_flag=True, help="Leave out and list images that cannot be used, and go on."
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT.zip if it exists.")
+@_one_sentence
+def prepare(
+    source: Path,
+    out: Path,
+    resolution: Size | None,
+    crop: str,
+    resampling: str,
+    channels: str,
+    images: int | None,
+    split: str | None,
+    flat_labels: bool,
+    no_labels: bool,
+    skip_broken: bool,
+    overwrite: bool,
+) -> None:
+    """Make OUT.zip of the images at SOURCE: all of one size, as PNG, with their labels. It is what
+    refine.py --teach and the reference of an evaluation take, and what StyleGAN's and EDM's
+    programs take.
+
+    \b
+    python -m data prepare photos mine.zip --resolution 64 --crop center
+        the middle of each photo in the folder photos, 64x64
+    python -m data prepare cifar-10-python.tar.gz cifar10.zip
+        CIFAR-10 as its authors publish it; --split test for the test images
+    python -m data prepare train-images-idx3-ubyte.gz mnist.zip --resolution 32
+        MNIST and sets like it, the file of labels lying beside
+
+    \b
+    SOURCE is one of
+        a folder or zip of PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, in folders of any depth
+        cifar-10-python.tar.gz, or the folder unpacked from it
+        an idx file of MNIST (train-images-idx3-ubyte.gz), or a folder of them
+        a zip or folder that this command made, or StyleGAN's or EDM's
+
+    Labels are those of dataset.json in SOURCE; without one, each folder of images is a class, in
+    the order of their names (cat is 0, dog is 1), and the names are kept. Images in one folder
+    have no labels.
+
+    Images are read in the order of their names. One that is smaller than --resolution is enlarged;
+    only MNIST's 28x28 digits get a black border instead when --resolution is 32. Photos are turned
+    as their EXIF says, transparent parts are laid on white, of 16 bits a channel the upper 8 are
+    kept, CMYK becomes RGB without a colour profile; what was done to how many is said at the end.
+    Animations are not taken. If any image cannot be used, all such are listed and nothing is
+    written, unless --skip-broken.
+
+    The same images and options give the same file, byte for byte. Images in it are not compressed:
+    50,000 of 32x32 in RGB take 160 MB, 70,000 of 256x256 take 14 GB.
+    """
+    if flat_labels and no_labels:
+        raise UserError("--flat-labels and --no-labels exclude each other: give one of them")
+    if crop != "none" and resolution is None:
+        raise UserError(f"--crop {crop} needs the shape to crop to: give --resolution too")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UserError(f"SOURCE and OUT are both {out}: write to another file")
+    labelling = "none" if no_labels else "flat" if flat_labels else "folders"
+    opened = preparation.open_source(source, labelling=labelling, split=split)
+    for remark in opened.remarks:
+        click.echo(f"{source}: {remark}", err=True)
+    summary = preparation.prepare(
+        opened,
+        out,
+        Options(resolution, crop, resampling, channels),
+        images=images,
+        skip_broken=skip_broken,
+        overwrite=overwrite,
+        show=_progress,
+    )
+    click.echo("\n".join(_report(summary, out)))
+
+
+def _report(summary: Summary, out: Path) -> list[str]:
+    """Return what was written, then what the user should know of it."""
+    width, height = summary.size
+    kind = "grey" if summary.channels == 1 else "RGB"
+    lines = [f"{change}: {_images(count)}" for change, count in summary.changes.items()]
+    lines += _left_out(summary.left_out)
+    if width != height or width & (width - 1):
+        lines.append(f"{width}x{height}: {_WHAT_MANY_NETWORKS_TAKE}")
+    written = f"wrote {out}: {_images(summary.images)}, {width}x{height} {kind}"
+    return [*lines, f"{written}, {_classes(summary)}, {out.stat().st_size / 1e6:,.1f} MB"]
+
+
+def _classes(summary: Summary) -> str:
+    """Return how many classes there are, and how even."""
+    if summary.labels is None:
+        return "no labels"
+    counts = Counter(summary.labels)
+    classes = max(len(summary.class_names or ()), max(counts) + 1)
+    each = [counts[label] for label in range(classes)]
+    return f"{classes} classes of {min(each):,} to {_images(max(each))}"
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
+
+
+def _left_out(left_out: dict[str, str]) -> list[str]:
+    if not left_out:
+        return []
+    shown = [f"  {name}: {why}" for name, why in list(left_out.items())[:_NAMED]]
+    more = [f"  and {len(left_out) - _NAMED} more"] if len(left_out) > _NAMED else []
+    return [f"left out: {_images(len(left_out))}", *shown, *more]
+
+
+def _progress(indices: Iterable[int], total: int) -> Iterable[int]:
+    """Yield the indices; show a bar on a terminal, elsewhere a plain line once in a while."""
+    if sys.stderr.isatty():
+        yield from tqdm(indices, total=total, unit=" images", dynamic_ncols=True)
+        return
+    started_at = line_at = time.monotonic()
+    for done, index in enumerate(indices):
+        now = time.monotonic()
+        if now - line_at >= _LINE_EVERY_SECONDS:
+            line_at, rate = now, done / (now - started_at)
+            left = timedelta(seconds=round((total - done) / rate)) if rate else "?"
+            click.echo(f"{done}/{total} images  {rate:.0f} images/s  {left} left", err=True)
+        yield index
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""CIFAR-10 as published for Python: cifar-10-python.tar.gz, or the folder that lies in it.
+
+A batch is a pickle that Python 2 wrote: {"data": uint8 [N, 3072], channels first, "labels": N
+numbers, …} (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009). It is read
+as data by core.pickles, whose stand-ins build arrays, lists and strings and run nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from core.errors import UserError
+from data._source import Source, Split
+
+_BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+_CLASS_NAMES_FILE = "batches.meta"
+_FOLDER = "cifar-10-batches-py"
+_SHAPE = (3, 32, 32)
+_CLASSES = 10
+_BATCH_BYTES_LIMIT = 1 << 28
+"""Of one file in the archive: a published one has 31 MB."""
+
+
+def is_at(path: Path) -> bool:
+    """Return whether path is a tar archive, or a folder with batches of CIFAR-10."""
+    if path.is_dir():
+        return _batches_folder(path) is not None
+    return path.is_file() and path.name.lower().endswith((".tar", ".tgz", ".tar.gz"))
+
+
+def read(path: Path, split: Split, *, labelled: bool) -> Source:
+    """Return the images of one split, in the order of its batches.
+
+    Raises UserError where a batch is missing or damaged, or asks for anything but numbers.
+    """
+    wanted = _BATCHES[split]
+    folder = _batches_folder(path)
+    files = _from_folder(folder, wanted) if folder is not None else _from_archive(path, wanted)
+    missing = [name for name in wanted if name not in files]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}: expected cifar-10-python.tar.gz as published, its "
+            "unpacked folder, or any other images in a folder or zip"
+        )
+    batches = [_batch(files[name], f"{path}: {name}") for name in wanted]
+    images = np.concatenate([images for images, _ in batches])
+    counts = {name: len(labels) for name, (_, labels) in zip(wanted, batches, strict=True)}
+    class_names = _class_names(files.get(_CLASS_NAMES_FILE), f"{path}: {_CLASS_NAMES_FILE}")
+    return Source(
+        names=[f"{name}[{index}]" for name in wanted for index in range(counts[name])],
+        picture=lambda index: Image.fromarray(images[index]),
+        labels=[label for _, labels in batches for label in labels] if labelled else None,
+        class_names=class_names if labelled else None,
+        remarks=(
+            f"CIFAR-10, {split} images",
+            "labels from its batches" if labelled else "no labels, as --no-labels asks",
+        ),
+    )
+
+
+def _batches_folder(path: Path) -> Path | None:
+    """Return the folder at or just below path that holds batches."""
+    every = [name for names in _BATCHES.values() for name in names]
+    folders = (path, path / _FOLDER)
+    return next((f for f in folders if any((f / name).is_file() for name in every)), None)
+
+
+def _from_folder(folder: Path, wanted: Sequence[str]) -> dict[str, bytes]:
+    files = [folder / name for name in (*wanted, _CLASS_NAMES_FILE)]
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def _from_archive(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
+    """Return the wanted files of a tar archive by their last names; nothing is unpacked."""
+    contents = {}
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                if member.isfile() and name in (*wanted, _CLASS_NAMES_FILE):
+                    if member.size > _BATCH_BYTES_LIMIT:
+                        raise UserError(f"{path}: {name} is larger than any batch of CIFAR-10")
+                    contents[name] = archive.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is cut off or no tar archive: {error}") from error
+    return contents
+
+
+def _batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+    """Return the images of a batch, uint8 [N, 32, 32, 3], and their labels."""
+    batch = _unpickled(content, where)
+    data, labels = batch.get("data"), batch.get("labels")
+    if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2):
+        raise UserError(f"{where} has no images as CIFAR-10 has them: expected uint8 [N, 3072]")
+    if data.shape[1] != np.prod(_SHAPE):
+        raise UserError(f"{where} has images of {data.shape[1]} values, expected 3072")
+    is_list = isinstance(labels, list) and len(labels) == len(data)
+    if not is_list or not all(type(n) is int and 0 <= n < _CLASSES for n in labels):
+        raise UserError(f"{where} must have one label from 0 to 9 for each of {len(data)} images")
+    images = data.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), labels
+
+
+def _class_names(content: bytes | None, where: str) -> list[str] | None:
+    names = None if content is None else _unpickled(content, where).get("label_names")
+    if not isinstance(names, list) or len(names) != _CLASSES:
+        return None
+    return [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in names]
+
+
+def _unpickled(content: bytes, where: str) -> dict[str, object]:
+    """Return a pickled dict by str names, its strings of Python 2 as str."""
+    from core import pickles  # it imports torch, which takes seconds
+
+    class Reader(pickles._Reader):
+        """What core.pickles reads networks with, for what Python 2 wrote."""
+
+        def __init__(self) -> None:
+            super().__init__(io.BytesIO(content))
+            self.encoding = "latin1"
+
+        def load_build(self) -> None:
+            state = self.stack[-1]
+            if isinstance(state, tuple) and len(state) == 5 and isinstance(state[4], str):
+                self.stack[-1] = (*state[:4], state[4].encode("latin1"))  # an array's values
+            super().load_build()
+
+        dispatch: ClassVar = {**pickles._Reader.dispatch, ord("b"): load_build}
+
+    try:
+        found = Reader().load()
+    except pickles.Refused as refusal:
+        raise UserError(
+            f"{where} asks for {str(refusal)[:200]!r}, which batches of CIFAR-10 do not need; "
+            "it was refused, and nothing from the file was run"
+        ) from refusal
+    except pickles._DAMAGE as error:
+        raise UserError(f"{where} is cut off or damaged: it is no whole pickle") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where} holds a {type(found).__name__}, expected a dict as CIFAR-10 has")
+    return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in found.items()}

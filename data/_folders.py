@@ -1,0 +1,125 @@
+"""The images of a folder or zip, labelled by dataset.json or by the folders that they lie in."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from PIL import Image, UnidentifiedImageError
+
+from core.errors import UserError
+from data._files import (
+    LABELS_FILE,
+    UNREADABLE,
+    Files,
+    image_names,
+    is_hidden,
+    open_files,
+    read_class_names,
+    read_labels,
+)
+from data._source import Source, Unusable
+
+Labelling = Literal["folders", "flat", "none"]
+"""A class is: the first folder in which names differ; all folders of a name; nothing."""
+
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".bmp", ".webp"),
+    *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
+_SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+_NUMBERED = re.compile(r"\d{5}/img\d{8}\.\w+")
+"""A name of the layout that `prepare` writes: its folders are no classes."""
+_OTHERS_NAMED = 3
+
+
+def read(path: Path, labelling: Labelling) -> Source:
+    """Return the images of a folder or zip, sorted by name.
+
+    Raises UserError where there are none, or labels that do not fit them.
+    """
+    files = open_files(path)
+    found = files.names()
+    names = image_names(found, _SUFFIXES)
+    if not names:
+        raise UserError(f"{path} holds no image; expected files that end in {', '.join(_SUFFIXES)}")
+    labels, class_names, remark = _labels(files, names, path, labelling)
+    return Source(
+        names=names,
+        picture=lambda index: _open_picture(files, names[index]),
+        labels=labels,
+        class_names=class_names,
+        remarks=(*_others(found, names), remark),
+    )
+
+
+def _open_picture(files: Files, name: str) -> Image.Image:
+    try:
+        content = files.read(name)
+        if not content:
+            raise Unusable("the file is empty")
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise Unusable("it is no image of a known format") from error
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise Unusable(str(error) or type(error).__name__) from error
+
+
+# Labels -----------------------------------------------------------------------------------------
+
+
+def _labels(
+    files: Files, names: Sequence[str], path: Path, labelling: Labelling
+) -> tuple[Sequence[int] | None, Sequence[str] | None, str]:
+    """Return labels, names of the classes, and where they are from."""
+    if labelling == "none":
+        return None, None, "no labels, as --no-labels asks"
+    labels = read_labels(files, names, path)
+    if labels is not None:
+        return labels, read_class_names(files, labels, path), f"labels from {LABELS_FILE}"
+    if all(_NUMBERED.fullmatch(name) for name in names):
+        return None, None, f"no labels: {LABELS_FILE} gives none"
+    classes = _classes(names, path, labelling)
+    if classes is None:
+        return None, None, "no labels: all images lie in one folder"
+    class_names = sorted(set(classes))
+    number = {name: index for index, name in enumerate(class_names)}
+    return [number[name] for name in classes], class_names, "labels from the names of folders"
+
+
+def _classes(names: Sequence[str], path: Path, labelling: Labelling) -> list[str] | None:
+    """Return the class of each name, or None where there is one at most."""
+    folders = [PurePosixPath(name).parent.as_posix() for name in names]
+    shared = os.path.commonpath(folders) if "." not in folders else ""
+    below = [os.path.relpath(folder, shared or ".").replace(os.sep, "/") for folder in folders]
+    if set(below) == {"."}:
+        return None
+    if "." in below:
+        raise UserError(
+            f"{path}: {names[below.index('.')]} lies beside the folders of classes, in none of "
+            "them: move it into one, or give --no-labels"
+        )
+    if labelling == "flat":
+        return below
+    classes = [folder.partition("/")[0] for folder in below]
+    if {name.lower() for name in classes} <= _SPLIT_FOLDERS:
+        raise UserError(
+            f"{path} has the folders {', '.join(sorted(set(classes)))}, which look like parts of a "
+            "set, not like classes: give one of them as SOURCE, or --no-labels for all together"
+        )
+    return classes
+
+
+def _others(found: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return a remark on files that do not end like an image, if there are any."""
+    taken = {*names, LABELS_FILE}
+    others = sorted(name for name in found if name not in taken and not is_hidden(name))
+    if not others:
+        return ()
+    shown = ", ".join(others[:_OTHERS_NAMED]) + (", …" if len(others) > _OTHERS_NAMED else "")
+    return (f"not read, not ending like an image: {len(others)} of {len(found)} files: {shown}",)

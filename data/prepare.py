@@ -1,0 +1,405 @@
+"""Make a zip in the layout that StyleGAN and EDM use, and data.images reads, of any images.
+
+    00000/img00000000.png …   PNG, uncompressed; the folder has the first five digits of the number
+    dataset.json              {"labels": [["00000/img00000000.png", 9], …], "class_names": […]}
+
+The bytes of the zip are a function of the source's pixels and labels and of the options: times are
+fixed, and the PNG encoder is below. Whatever is done to a picture besides cropping and resizing is
+counted and said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from core.errors import UserError
+from core.run_folder import atomic_write
+from data import _cifar, _folders, _mnist
+from data._files import CLASS_NAMES, LABELS_FILE, UNREADABLE
+from data._folders import Labelling
+from data._source import Source, Split, Unusable
+
+_Result = TypeVar("_Result")
+Size = tuple[int, int]
+"""(W, H)"""
+
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_OPAQUE = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
+"""Mode of an opaque picture -> mode of the image that is made of it."""
+_ALPHA = {"RGBA": "RGB", "PA": "RGB", "LA": "L"}
+"""Mode with transparency -> without."""
+_CHANNELS = {"L": 1, "RGB": 3}
+_RAW_16_BITS = re.compile(r"(L|LA|RGB|RGBA|RGBX|CMYK);16[BLNS]*")
+_KEPT_UPPER_BITS = "kept the upper 8 of 16 bits a channel"
+_TURNED = "turned as EXIF says"
+_LAID_ON_WHITE = "laid on white where transparent"
+_UNDECODABLE = (
+    *UNREADABLE,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises on damaged files."""
+_BROKEN_NAMED = 20
+_WORKERS = min(os.cpu_count() or 1, 8)
+_WAITING_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is done to each picture."""
+
+    resolution: Size | None = None
+    """(W, H) of all images; None: they have one size already, and keep it."""
+    crop: Literal["none", "center"] = "none"
+    """Whether the largest part of the wanted shape is cut out of the middle first."""
+    filter: Literal["lanczos", "box", "bicubic"] = "lanczos"
+    """How pixels are resampled."""
+    channels: Literal["1", "3", "keep"] = "keep"
+    """1 makes all images grey, 3 makes them RGB; keep: they are all one kind already."""
+
+
+class Summary(NamedTuple):
+    """What stands in the zip."""
+
+    images: int
+    size: Size
+    channels: int
+    labels: list[int] | None
+    class_names: list[str] | None
+    left_out: dict[str, str]
+    """Name of each picture that could not be used -> why."""
+    changes: dict[str, int]
+    """What was done to pictures besides cropping and resizing -> how many."""
+
+
+class _Converted(NamedTuple):
+    image: Image.Image
+    """L or RGB."""
+    changes: list[str]
+    """What was done to it besides cropping and resizing."""
+
+
+def open_source(
+    path: Path, *, labelling: Labelling = "folders", split: Split | None = None
+) -> Source:
+    """Return the pictures at a path: CIFAR-10 or MNIST as published, a folder, or a zip.
+
+    split is of the first two alone, and "train" unless given. Raises UserError where path holds no
+    images, or labels that do not fit them.
+    """
+    if _cifar.is_at(path):
+        return _cifar.read(path, split or "train", labelled=labelling != "none")
+    if _mnist.is_at(path):
+        return _mnist.read(path, split, labelled=labelling != "none")
+    if split is not None:
+        raise UserError(
+            f"--split {split}: {path} has no such parts, only CIFAR-10 and MNIST have; give the "
+            "folder of that part as SOURCE"
+        )
+    return _folders.read(path, labelling)
+
+
+def prepare(
+    source: Source,
+    out: Path,
+    options: Options,
+    *,
+    images: int | None = None,
+    skip_broken: bool = False,
+    overwrite: bool = False,
+    show: Callable[[Iterable[int], int], Iterable[int]] = lambda indices, _: indices,
+) -> Summary:
+    """Write a zip of the first images of a source (None: all), whole or not at all.
+
+    show passes the indices on, and may say how far they are of how many. Raises UserError where
+    out may not be written, where sizes or channels differ, and, unless skip_broken, where
+    pictures cannot be used: all of them are read first.
+    """
+    _check_out(out, overwrite=overwrite)
+    count = _count(source, images)
+    with atomic_write(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+        writer = _Writer(archive, source, skip_broken=skip_broken)
+        with closing(_in_order(lambda index: _try(source, index, options), count)) as converted:
+            for index, result in zip(show(range(count), count), converted, strict=True):
+                writer.add(index, result)
+        return writer.finish(count)
+
+
+class _Writer:
+    """Puts images of one kind into a zip, and remembers those that are none."""
+
+    def __init__(self, archive: zipfile.ZipFile, source: Source, *, skip_broken: bool) -> None:
+        self._archive, self._source, self._skip_broken = archive, source, skip_broken
+        self._written: list[int] = []
+        self._broken: dict[str, str] = {}
+        self._changes: Counter[str] = Counter()
+        self._image = Image.new("L", (0, 0))
+
+    def add(self, index: int, result: _Converted | Unusable) -> None:
+        """Write one image, unless it or one before it cannot be used."""
+        if isinstance(result, Unusable):
+            self._broken[self._source.names[index]] = str(result)
+            return
+        if self._written:
+            self._check_same(index, result.image)
+        else:
+            self._image = result.image
+        self._changes.update(result.changes)
+        if self._skip_broken or not self._broken:
+            _store(self._archive, _name(len(self._written)), png(np.asarray(result.image)))
+        self._written.append(index)
+
+    def finish(self, count: int) -> Summary:
+        """Write the labels; raise UserError where pictures could not be used."""
+        if self._broken and not (self._skip_broken and self._written):
+            raise UserError(_broken_sentence(self._broken, count))
+        labels, class_names = self._source.labels, self._source.class_names
+        kept = None if labels is None else [int(labels[index]) for index in self._written]
+        named = list(class_names) if class_names is not None and kept is not None else None
+        _store(self._archive, LABELS_FILE, _metadata(kept, named))
+        return Summary(
+            images=len(self._written),
+            size=self._image.size,
+            channels=_CHANNELS[self._image.mode],
+            labels=kept,
+            class_names=named,
+            left_out=self._broken,
+            changes=dict(self._changes),
+        )
+
+    def _check_same(self, index: int, image: Image.Image) -> None:
+        """Raise UserError unless an image has size and channels of the first."""
+        first, name = self._source.names[self._written[0]], self._source.names[index]
+        if image.size != self._image.size:
+            raise UserError(
+                f"{first} is {_text(self._image.size)}, but {name} is {_text(image.size)}: give "
+                "--resolution N to make them one size"
+            )
+        if image.mode != self._image.mode:
+            kinds = {"L": "grey", "RGB": "in colour"}
+            raise UserError(
+                f"{first} is {kinds[self._image.mode]}, but {name} is {kinds[image.mode]}: give "
+                "--channels 3 to make all RGB, or --channels 1 to make all grey"
+            )
+
+
+# One picture ------------------------------------------------------------------------------------
+
+
+def _try(source: Source, index: int, options: Options) -> _Converted | Unusable:
+    """Return one picture as an image of the set, or why it cannot be one.
+
+    Raises UserError where the picture is fine and the options do not fit it.
+    """
+    try:
+        picture, changes = _opaque(source.picture(index))
+    except Unusable as why:
+        return why
+    except _UNDECODABLE as error:
+        return Unusable(str(error) or type(error).__name__)
+    if options.channels != "keep":
+        picture = picture.convert("L" if options.channels == "1" else "RGB")
+    image, more_changes = _fit(picture, source, index, options)
+    return _Converted(image, changes + more_changes)
+
+
+def _opaque(picture: Image.Image) -> _Converted:
+    """Return a picture upright, 8-bit, L or RGB, without transparency. Raises Unusable."""
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # a JPEG with a second view behind it
+        raise Unusable(f"it has {frames} frames: an animation, or several pages")
+    changes = [_KEPT_UPPER_BITS] * _has_16_bits(picture)
+    is_turned = picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    changes += [_TURNED] * is_turned
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in _ALPHA or "transparency" in picture.info:
+        picture, is_seen = _on_white(picture)
+        changes += [_LAID_ON_WHITE] * is_seen
+    if picture.mode in ("CMYK", "YCbCr"):
+        changes.append(f"converted from {picture.mode} to RGB, without a colour profile")
+    return _Converted(_eight_bits(picture, has_16_bits=_KEPT_UPPER_BITS in changes), changes)
+
+
+def _has_16_bits(picture: Image.Image) -> bool:
+    """Return whether a picture that is not yet decoded has 16 bits a channel in its file."""
+    if picture.mode.startswith("I;16"):
+        return True
+    if picture.mode == "I":  # 32 bits but for these formats, which have 16 at most
+        return picture.format in ("PNG", "PPM")
+    arguments = [tile[3] for tile in getattr(picture, "tile", ())]
+    raw_modes = [a[0] if isinstance(a, tuple) and a else a for a in arguments]
+    return any(isinstance(raw, str) and _RAW_16_BITS.fullmatch(raw) for raw in raw_modes)
+
+
+def _eight_bits(picture: Image.Image, *, has_16_bits: bool) -> Image.Image:
+    """Return an opaque picture as L or RGB."""
+    if picture.mode.startswith("I") and has_16_bits:
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode not in _OPAQUE:
+        raise Unusable(f"its pixels are of kind {picture.mode!r}, expected 8-bit grey or colour")
+    return picture.convert(_OPAQUE[picture.mode])
+
+
+def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """Return a picture before white, and whether any white is seen."""
+    mode = _ALPHA.get(picture.mode) or _OPAQUE[picture.mode]
+    layer = picture.convert("RGBA")
+    lowest_alpha, _ = layer.getchannel("A").getextrema()
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, layer).convert(mode), lowest_alpha < 255
+
+
+def _fit(picture: Image.Image, source: Source, index: int, options: Options) -> _Converted:
+    """Return an image in the wanted resolution. Raises UserError where its shape is another."""
+    wanted = options.resolution
+    if wanted is None or picture.size == wanted:
+        return _Converted(picture, [])
+    if source.padded_size == wanted:
+        return _padded(picture, wanted)
+    left, top, right, bottom = box = _largest_box(picture.size, wanted)
+    if options.crop == "none" and (right - left, bottom - top) != picture.size:
+        raise UserError(
+            f"{source.names[index]} is {_text(picture.size)}, another shape than {_text(wanted)}: "
+            "give --crop center to cut the largest part of that shape out of the middle"
+        )
+    is_smaller = right - left < wanted[0] or bottom - top < wanted[1]
+    part = picture.crop(box)  # resize's own box lets the pixels around it leak in
+    image = part.resize(wanted, FILTERS[options.filter])
+    return _Converted(image, [f"enlarged to {_text(wanted)}"] * is_smaller)
+
+
+def _padded(picture: Image.Image, wanted: Size) -> _Converted:
+    """Return a picture with black around it."""
+    image = Image.new(picture.mode, wanted)
+    width, height = picture.size
+    image.paste(picture, ((wanted[0] - width) // 2, (wanted[1] - height) // 2))
+    return _Converted(
+        image, [f"given a black border from {_text(picture.size)} to {_text(wanted)}"]
+    )
+
+
+def _largest_box(size: Size, shape: Size) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of the largest part in a shape, around the middle."""
+    width, height = size
+    scale = min(width / shape[0], height / shape[1])
+    inner_width, inner_height = (max(1, round(side * scale)) for side in shape)
+    left, top = (width - inner_width) // 2, (height - inner_height) // 2
+    return left, top, left + inner_width, top + inner_height
+
+
+def _text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _in_order(function: Callable[[int], _Result], count: int) -> Generator[_Result]:
+    """Yield function(0), function(1), …, a few of them at work at a time."""
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        waiting: deque[Future[_Result]] = deque()
+        try:
+            for index in range(count):
+                waiting.append(pool.submit(function, index))
+                if len(waiting) == _WORKERS * _WAITING_PER_WORKER:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+# The zip ----------------------------------------------------------------------------------------
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Return a PNG without compression, the same with every library, of uint8 [H, W] or [H, W, 3].
+
+    No row is filtered, and the zlib stream is of stored blocks (RFC 1950 and 1951).
+    """
+    height, width = pixels.shape[:2]
+    colour_type = 0 if pixels.ndim == 2 else 2
+    rows = np.zeros((height, 1 + pixels.size // height), np.uint8)  # first byte: filter 0, none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", _zlib_stored(rows.tobytes())), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, content) for kind, content in chunks)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def _zlib_stored(content: bytes) -> bytes:
+    parts = [content[start : start + 0xFFFF] for start in range(0, len(content), 0xFFFF)]
+    blocks = [
+        struct.pack("<BHH", number == len(parts), len(part), len(part) ^ 0xFFFF) + part
+        for number, part in enumerate(parts, start=1)
+    ]
+    return b"\x78\x01" + b"".join(blocks) + struct.pack(">I", zlib.adler32(content))
+
+
+def _name(index: int) -> str:
+    return f"{index:08d}"[:5] + f"/img{index:08d}.png"
+
+
+def _store(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.create_system, entry.external_attr = 3, 0o644 << 16  # on every system as on Unix
+    archive.writestr(entry, content)
+
+
+def _metadata(labels: Sequence[int] | None, class_names: Sequence[str] | None) -> bytes:
+    pairs = labels and [[_name(index), label] for index, label in enumerate(labels)]
+    metadata: dict[str, object] = {"labels": pairs}
+    if class_names is not None:
+        metadata[CLASS_NAMES] = class_names
+    return json.dumps(metadata).encode()
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    if out.suffix.lower() != ".zip":
+        raise UserError(f"OUT is {out}: expected a name that ends in .zip")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give the name of a new zip")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already: give another name, or --overwrite")
+
+
+def _count(source: Source, images: int | None) -> int:
+    if images is not None and images > len(source.names):
+        raise UserError(f"--images {images}: the source has only {len(source.names)}")
+    return len(source.names) if images is None else images
+
+
+def _broken_sentence(broken: dict[str, str], count: int) -> str:
+    shown = [f"  {name}: {why}" for name, why in list(broken.items())[:_BROKEN_NAMED]]
+    more = [f"  and {len(broken) - _BROKEN_NAMED} more"] if len(broken) > _BROKEN_NAMED else []
+    end = "mend or remove them"
+    if len(broken) < count:
+        end += ", or leave them out with --skip-broken"
+    return "\n".join([f"{len(broken)} of {count} images cannot be used:", *shown, *more, end])
