@@ -49,7 +49,11 @@ class Folder:
         self._path = path
 
     def names(self) -> list[str]:
-        return [Path(file).relative_to(self._path).as_posix() for file in _below(self._path)]
+        try:
+            files = [Path(file) for file in _below(self._path)]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+        return [file.relative_to(self._path).as_posix() for file in files]
 
     def read(self, name: str) -> bytes:
         return (self._path / name).read_bytes()
@@ -160,7 +164,7 @@ def _metadata(files: Files) -> dict:
 def _is_whole_zip(path: Path) -> bool:
     try:
         zipfile.ZipFile(path).close()
-    except (zipfile.BadZipFile, NotImplementedError):
+    except (OSError, NotImplementedError, zipfile.BadZipFile):
         return False
     return True
 
@@ -174,5 +178,5 @@ def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
         for entry in entries:
             if entry.is_dir():
                 yield from _below(Path(entry.path), (*above, real))
-            elif entry.is_file():
+            elif entry.is_file() or entry.is_symlink():  # a link to nothing is missed by name
                 yield entry.path

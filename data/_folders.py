@@ -67,7 +67,8 @@ def _open_picture(files: Files, name: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise Unusable("it is no image of a known format") from error
     except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise Unusable(str(error) or type(error).__name__) from error
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise Unusable(why) from error
 
 
 # Labels -----------------------------------------------------------------------------------------

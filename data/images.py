@@ -56,7 +56,7 @@ class Images(Dataset[Tensor]):
         digest = hashlib.sha256()
         for index, name in enumerate(self.names):
             label = "" if self.labels is None else int(self.labels[index])
-            content = self._files.read(name)
+            content = self._read(name)
             digest.update(f"{name}\0{label}\0{len(content)}\0".encode())
             digest.update(content)
         return digest.hexdigest()
@@ -80,10 +80,16 @@ class Images(Dataset[Tensor]):
             images[index] = self[index]
         return images
 
+    def _read(self, name: str) -> bytes:
+        try:
+            return self._files.read(name)
+        except UNREADABLE as error:
+            raise UserError(f"{self.path}: {name} cannot be read: {error}") from error
+
     def _decode(self, name: str) -> Tensor:
         """Return one image as uint8 [C, H, W]."""
         try:
-            picture = Image.open(io.BytesIO(self._files.read(name)))
+            picture = Image.open(io.BytesIO(self._read(name)))
             picture.load()
         except UNREADABLE as error:
             raise UserError(f"{self.path}: {name} is not a readable image: {error}") from error

@@ -96,6 +96,16 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
         images.load_all()
 
 
+def test_a_damaged_entry_is_named_by_the_hash_too(tmp_path: Path) -> None:
+    """A zip whose bytes were changed says in which image, instead of hashing what is left."""
+    archive = _zip(tmp_path / "set.zip", _set(_pixels(2)))
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 0xFF
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=r"img00000000\.png cannot be read: Bad CRC"):
+        _ = Images(archive).sha256
+
+
 def test_another_size_is_named(tmp_path: Path) -> None:
     """An image of another size is refused with both sizes."""
     files = _set(_pixels(1)) | {"z.png": _png(_pixels(1, channels=1, size=8)[0])}

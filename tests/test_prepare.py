@@ -476,7 +476,7 @@ def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
 
 
 def _broken(folder: Path) -> None:
-    """Write a good picture, one cut off, an empty one, one that is text, and an animation."""
+    """Write two good pictures and five: cut off, empty, text, an animation, a link to nothing."""
     _save(folder / "a.png", _pixels(8, 8))
     content = io.BytesIO()
     Image.fromarray(_pixels(8, 8)).save(content, format="png")
@@ -486,14 +486,21 @@ def _broken(folder: Path) -> None:
     frames = [Image.fromarray(_pixels(8, 8, seed=seed)) for seed in (0, 1)]
     frames[0].save(folder / "e.gif", save_all=True, append_images=frames[1:])
     _save(folder / "f.png", _pixels(8, 8, seed=5))
+    (folder / "g.png").symlink_to(folder / "nothing.png")
 
 
 def test_all_broken_images_are_named(tmp_path: Path) -> None:
-    """Each of four is named with its reason, and nothing is written."""
+    """Each of five is named with its reason, and nothing is written."""
     _broken(tmp_path / "in")
     message = _refused(tmp_path / "in", tmp_path / "out.zip")
-    assert "4 of 6 images cannot be used:" in message and "--skip-broken" in message
-    for says in ["b.png: ", "c.png: the file is empty", "d.jpg: it is no image", "2 frames"]:
+    assert "5 of 7 images cannot be used:" in message and "--skip-broken" in message
+    for says in [
+        "b.png: ",
+        "c.png: the file is empty",
+        "d.jpg: it is no image",
+        "2 frames",
+        "g.png: No such file",
+    ]:
         assert says in message
     assert not (tmp_path / "out.zip").exists()
 
@@ -502,7 +509,7 @@ def test_broken_images_are_left_out_where_that_is_asked(tmp_path: Path) -> None:
     """--skip-broken lists what it leaves out, and numbers the rest without gaps."""
     _broken(tmp_path / "in")
     result = _prepare(tmp_path / "in", tmp_path / "out.zip", "--skip-broken")
-    assert "left out: 4 images" in result.output
+    assert "left out: 5 images" in result.output
     assert "c.png: the file is empty" in result.output
     images = Images(tmp_path / "out.zip")
     assert images.names == ["00000/img00000000.png", "00000/img00000001.png"]
