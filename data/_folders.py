@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -33,7 +33,7 @@ _SUFFIXES = (
     *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
 _SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation"}
-_NUMBERED = re.compile(r"\d{5}/img\d{8}\.\w+")
+_NUMBERED = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
 """A name of the layout that `prepare` writes: its folders are no classes."""
 _OTHERS_NAMED = 3
 
@@ -48,7 +48,12 @@ def read(path: Path, labelling: Labelling) -> Source:
     names = image_names(found, _SUFFIXES)
     if not names:
         raise UserError(f"{path} holds no image; expected files that end in {', '.join(_SUFFIXES)}")
-    labels, class_names, remark = _labels(files, names, path, labelling)
+    if labelling != "none":
+        _check_labels_file(found, path)
+    if labelling != "none" and LABELS_FILE in found:
+        labels, class_names, remark = _labels_of_file(files, names, path)
+    else:
+        labels, class_names, remark = _labels_of_folders(names, path, labelling)
     return Source(
         names=names,
         picture=lambda index: _open_picture(files, names[index]),
@@ -74,23 +79,42 @@ def _open_picture(files: Files, name: str) -> Image.Image:
 # Labels -----------------------------------------------------------------------------------------
 
 
-def _labels(
-    files: Files, names: Sequence[str], path: Path, labelling: Labelling
-) -> tuple[Sequence[int] | None, Sequence[str] | None, str]:
-    """Return labels, names of the classes, and where they are from."""
-    if labelling == "none":
-        return None, None, "no labels, as --no-labels asks"
+class _Labels(NamedTuple):
+    labels: Sequence[int] | None
+    class_names: Sequence[str] | None
+    remark: str
+    """Where they are from, or why there are none."""
+
+
+def _labels_of_file(files: Files, names: Sequence[str], path: Path) -> _Labels:
     labels = read_labels(files, names, path)
-    if labels is not None:
-        return labels, read_class_names(files, labels, path), f"labels from {LABELS_FILE}"
+    if labels is None:
+        return _Labels(None, None, f"no labels, as {LABELS_FILE} says")
+    return _Labels(labels, read_class_names(files, labels, path), f"labels from {LABELS_FILE}")
+
+
+def _labels_of_folders(names: Sequence[str], path: Path, labelling: Labelling) -> _Labels:
+    if labelling == "none":
+        return _Labels(None, None, "no labels, as --no-labels asks")
     if all(_NUMBERED.fullmatch(name) for name in names):
-        return None, None, f"no labels: {LABELS_FILE} gives none"
+        return _Labels(None, None, f"no labels: there is no {LABELS_FILE}")
     classes = _classes(names, path, labelling)
     if classes is None:
-        return None, None, "no labels: all images lie in one folder"
+        return _Labels(None, None, "no labels: all images lie in one folder")
     class_names = sorted(set(classes))
     number = {name: index for index, name in enumerate(class_names)}
-    return [number[name] for name in classes], class_names, "labels from the names of folders"
+    labels = [number[name] for name in classes]
+    return _Labels(labels, class_names, "labels from the names of folders")
+
+
+def _check_labels_file(found: Sequence[str], path: Path) -> None:
+    """Raise UserError where labels lie deeper than they are looked for."""
+    deeper = [name for name in found if name.endswith(f"/{LABELS_FILE}") and not is_hidden(name)]
+    if deeper and LABELS_FILE not in found:
+        raise UserError(
+            f"{path} has its labels in {deeper[0]}, expected {LABELS_FILE} at the top: give the "
+            "folder that it lies in (unpack a zip for that), or --no-labels"
+        )
 
 
 def _classes(names: Sequence[str], path: Path, labelling: Labelling) -> list[str] | None:

@@ -417,7 +417,7 @@ def test_grey_with_alpha_and_a_clear_palette_colour(tmp_path: Path) -> None:
     _save(tmp_path / "grey" / "a.png", alpha)
     image = _made(tmp_path / "grey", tmp_path / "grey.zip")[0]
     assert image.tolist() == [[[255, 7], [7, 7]]]
-    palette = Image.fromarray(np.array([[0, 1]], np.uint8), mode=None).convert("P")
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     (tmp_path / "palette").mkdir()
     palette.save(tmp_path / "palette" / "a.png", transparency=1)
@@ -574,6 +574,15 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path, metadata: object, sa
     (tmp_path / "pets" / "dataset.json").write_text(json.dumps(metadata))
     assert says in _refused(tmp_path / "pets", tmp_path / "out.zip")
     assert len(_made(tmp_path / "pets", tmp_path / "out.zip", "--no-labels")) == 3
+
+
+def test_labels_that_lie_too_deep_are_not_passed_over(tmp_path: Path) -> None:
+    """A set in a folder of its own is refused by name, before its folders become classes."""
+    _pets(tmp_path / "set" / "pets")
+    (tmp_path / "set" / "pets" / "dataset.json").write_text('{"labels": null}')
+    message = _refused(tmp_path / "set", tmp_path / "out.zip")
+    assert "has its labels in pets/dataset.json" in message
+    assert _made(tmp_path / "set" / "pets", tmp_path / "out.zip").labels is None
 
 
 def test_an_image_beside_the_classes_is_refused(tmp_path: Path) -> None:
