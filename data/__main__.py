@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from data import prepare as preparation
-from data.prepare import Options, Size, Summary
+from data.prepare import Options, Size, Summary, listed
 
 _LINE_EVERY_SECONDS = 15.0
-_NAMED = 20
 _WHAT_MANY_NETWORKS_TAKE = (
     "StyleGAN's and EDM's networks take squares whose side is a power of two (32, 64, 128, …); "
     "for them, give such a --resolution"
@@ -186,7 +185,8 @@ def _report(summary: Summary, out: Path) -> list[str]:
     width, height = summary.size
     kind = "grey" if summary.channels == 1 else "RGB"
     lines = [f"{change}: {_images(count)}" for change, count in summary.changes.items()]
-    lines += _left_out(summary.left_out)
+    if summary.left_out:
+        lines += [f"left out: {_images(len(summary.left_out))}", *listed(summary.left_out)]
     if width != height or width & (width - 1):
         lines.append(f"{width}x{height}: {_WHAT_MANY_NETWORKS_TAKE}")
     written = f"wrote {out}: {_images(summary.images)}, {width}x{height} {kind}"
@@ -205,14 +205,6 @@ def _classes(summary: Summary) -> str:
 
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
-
-
-def _left_out(left_out: dict[str, str]) -> list[str]:
-    if not left_out:
-        return []
-    shown = [f"  {name}: {why}" for name, why in list(left_out.items())[:_NAMED]]
-    more = [f"  and {len(left_out) - _NAMED} more"] if len(left_out) > _NAMED else []
-    return [f"left out: {_images(len(left_out))}", *shown, *more]
 
 
 def _progress(indices: Iterable[int], total: int) -> Iterable[int]:

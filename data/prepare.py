@@ -10,6 +10,7 @@ counted and said.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -396,10 +397,15 @@ def _count(source: Source, images: int | None) -> int:
     return len(source.names) if images is None else images
 
 
+def listed(broken: Mapping[str, str]) -> list[str]:
+    """Return a line for each picture that cannot be used, up to twenty, then how many more."""
+    lines = [f"  {name}: {why}" for name, why in itertools.islice(broken.items(), _BROKEN_NAMED)]
+    more = len(broken) - len(lines)
+    return [*lines, f"  and {more} more"] if more else lines
+
+
 def _broken_sentence(broken: dict[str, str], count: int) -> str:
-    shown = [f"  {name}: {why}" for name, why in list(broken.items())[:_BROKEN_NAMED]]
-    more = [f"  and {len(broken) - _BROKEN_NAMED} more"] if len(broken) > _BROKEN_NAMED else []
     end = "mend or remove them"
     if len(broken) < count:
         end += ", or leave them out with --skip-broken"
-    return "\n".join([f"{len(broken)} of {count} images cannot be used:", *shown, *more, end])
+    return "\n".join([f"{len(broken)} of {count} images cannot be used:", *listed(broken), end])
