@@ -3,7 +3,8 @@
     runs/00000-NAME/: recipe.yaml readings.jsonl checkpoints/ samples/ student.safetensors report/
 
 Every file that is replaced while a run goes on goes through `atomic_write`: a full disk or a power
-cut leaves the previous file as it was. What stands *in* checkpoints is their writer's concern.
+cut leaves the previous file as it was. Who writes to a run holds it (`RunFolder.exclusive`), so
+that no second process does. What stands *in* checkpoints is their writer's concern.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from core._lock import Held, Lock
 from core.errors import UserError
 
 _REMEDIES = {
     errno.ENOSPC: "free some space there, or write elsewhere with --outdir",
     errno.EDQUOT: "free some of your quota, or write elsewhere with --outdir",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EIO: "the disk or the way to it fails: see to it, or write elsewhere with --outdir",
+    errno.ESTALE: "the folder is gone from its server: mount it anew",
     errno.EROFS: "choose a folder that can be written to with --outdir",
     errno.EACCES: "choose a folder that you may write to with --outdir",
     errno.EPERM: "choose a folder that you may write to with --outdir",
@@ -93,6 +98,7 @@ class RunFolder:
             folder = cls(_numbered(outdir, name))
             for below in (folder.checkpoints, folder.samples, folder.report):
                 below.mkdir()
+            _flush(outdir)
         return folder
 
     @classmethod
@@ -107,12 +113,42 @@ class RunFolder:
         hint = f"; did you mean {path / inside[-1]}?" if inside else ""
         raise UserError(f"{path}: not a run folder, it has no recipe.yaml{hint}")
 
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the run while the block goes on; what a killed process left half written goes.
+
+        However this process ends, the run is free again. Raises UserError where another process
+        holds it, and says which.
+        """
+        path = self.path / ".lock"
+        try:
+            with _writing(path):
+                lock = Lock.acquire(path)
+        except Held as holder:
+            raise UserError(
+                f"{self.path}: {holder} writes to this run; wait until it ends, or stop it"
+            ) from None
+        try:
+            if lock.is_sure:
+                for partial in self.checkpoints.glob(".*.partial"):
+                    shutil.rmtree(partial, ignore_errors=True)
+            yield
+        finally:
+            lock.release()
+
     def append_reading(self, reading: Mapping[str, object]) -> None:
         """Add one line to the readings. It has `images_seen`; a non-finite number is our bug."""
         assert "images_seen" in reading, reading
         line = json.dumps(dict(reading), allow_nan=False)
-        with _writing(self.readings), self.readings.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        with _writing(self.readings), self.readings.open("ab+") as file:
+            _drop_cut_line(file)
+            file.write(f"{line}\n".encode())
+
+    def flush_readings(self) -> None:
+        """Have the readings so far on the disk: what goes on from here counts on them."""
+        if self.readings.exists():
+            with _writing(self.readings):
+                _flush(self.readings)
 
     def read_readings(self) -> list[dict[str, object]]:
         """Return all readings, oldest first, without a last line that was cut off while written."""
@@ -198,6 +234,15 @@ def _images_seen(row: Mapping[str, object]) -> int:
     images_seen = row["images_seen"]
     assert isinstance(images_seen, int), row
     return images_seen
+
+
+def _drop_cut_line(file: BinaryIO) -> None:
+    """Remove what stands behind the last newline: the line of a writer that could not end it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if file.read() not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _flush(path: Path) -> None:

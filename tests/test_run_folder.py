@@ -1,9 +1,16 @@
-"""core/run_folder.py: numbered folders, readings that survive a crash, whole files or none."""
+"""core/run_folder.py: numbered folders, readings that survive a crash, whole files or none, one
+writer at a time.
+"""
 
 import errno
 import math
 import os
 import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +20,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from core import _lock
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+_OWN_MOUNTS = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+"""Begins a shell command whose mounts nobody else sees."""
 
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path: Path) -> None:
@@ -96,6 +108,16 @@ def test_a_last_line_that_was_cut_is_left_out(tmp_path: Path, cut: int) -> None:
     folder.keep_readings_until(10**9)
     folder.append_reading({"images_seen": 192})
     assert [row["images_seen"] for row in folder.read_readings()] == [0, 64, 192]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"images_seen": 64}\n', b"cut", b"\n\ncut"])
+def test_a_reading_after_a_cut_line_takes_its_place(tmp_path: Path, content: bytes) -> None:
+    """What a full disk cut off is not run together with the line that follows."""
+    folder = RunFolder(tmp_path)
+    folder.readings.write_bytes(content)
+    folder.append_reading({"images_seen": 192})
+    whole = content[: content.rfind(b"\n") + 1]
+    assert folder.readings.read_bytes() == whole + b'{"images_seen": 192}\n'
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
@@ -193,3 +215,110 @@ def test_a_disk_that_fills_up_under_a_library_is_a_sentence_too(tmp_path: Path, 
         save({"w": torch.zeros(1 << 20)}, partial)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# One writer at a time ----------------------------------------------------------------------------
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from core.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1])).exclusive():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_is_held_by_one_process_until_that_is_killed(tmp_path: Path) -> None:
+    """Another hears which process and machine it is; after SIGKILL the run is free, and what was
+    half written is gone.
+    """
+    folder = RunFolder.create(tmp_path, "x")
+    arguments = [sys.executable, "-c", _HOLDER, str(folder.path)]
+    holder = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        partial = folder.checkpoints / ".000000000004.pt.0123abcd.partial"
+        partial.mkdir()
+        who = rf"process {holder.pid} on {socket.gethostname()} writes to this run"
+        with pytest.raises(UserError, match=who), folder.exclusive():
+            pass
+        assert partial.exists()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    with folder.exclusive():
+        assert not partial.exists()
+
+
+def test_a_process_does_not_hold_a_run_twice(tmp_path: Path) -> None:
+    """Two runs in one notebook are as bad; after the block, or an error in it, the run is free."""
+    folder = RunFolder.create(tmp_path, "x")
+    with pytest.raises(ZeroDivisionError), folder.exclusive():
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), folder.exclusive():
+            pass
+        raise ZeroDivisionError
+    with folder.exclusive():
+        pass
+
+
+def test_where_there_are_no_locks_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and nothing is cleared away that another process may be writing."""
+    folder = RunFolder.create(tmp_path, "x")
+    (folder.checkpoints / ".4.pt.0123abcd.partial").mkdir()
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(_lock.fcntl, "flock", refuse)
+    with folder.exclusive():
+        assert len(list(folder.checkpoints.iterdir())) == 1
+    assert [record.message for record in caplog.records] == [
+        f"{folder.path}: no locks here; let no other process write there"
+    ]
+
+
+_FULL = """
+import sys
+from pathlib import Path
+from core.errors import UserError
+from core.run_folder import RunFolder, atomic_write
+folder = RunFolder.create(Path(sys.argv[1]), "x")
+folder.append_reading({"images_seen": 64})
+path = folder.path / "state"
+for size in (10_000, 10_000_000):
+    try:
+        with atomic_write(path) as partial:
+            partial.write_bytes(bytes(size))
+    except UserError as error:
+        print(error)
+(folder.path / "ballast").open("wb", buffering=0).write(bytes(10_000_000))
+try:
+    folder.append_reading({"images_seen": 128, "text": 10_000 * "x"})
+except UserError as error:
+    print(error)
+(folder.path / "ballast").unlink()
+folder.append_reading({"images_seen": 192})
+print(path.stat().st_size, [row["images_seen"] for row in folder.read_readings()])
+print(sorted(path.name for path in folder.path.iterdir() if path.is_file()))
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """On a disk of one megabyte: sentences, the file before, and readings that go on cleanly."""
+    mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    if subprocess.run([*_OWN_MOUNTS, mount], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs user namespaces")
+    command = f'{mount} && exec {sys.executable} -c "$0" {tmp_path}'
+    done = subprocess.run(
+        [*_OWN_MOUNTS, command, _FULL], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *sentences, sizes, names = done.stdout.splitlines()
+    assert len(sentences) == 2 and "state: cannot be written: No space" in sentences[0]
+    assert "readings.jsonl: cannot be written: No space left on device; free some" in sentences[1]
+    assert sizes == "10000 [64, 192]" and names == "['readings.jsonl', 'state']"
