@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import random
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from core.run_folder import RunFolder
 from generators import stylegan2
 from objectives import diff_instruct
 from teachers import edm
-from training import checkpoint
+from training import _seal, checkpoint
 from training.loop import Config, Interrupted, train
 from training.state import TrainState, start
 
@@ -203,6 +205,88 @@ def test_a_truncated_checkpoint_is_named(
     assert content_bytes(state) == content_bytes(begin())
 
 
+def test_a_bit_that_flipped_is_found(whole: tuple[TrainState, RunFolder], tmp_path: Path) -> None:
+    """200 single bits anywhere in the file, and each bit of its last record and seal."""
+    content = newest(whole[1]).read_bytes()
+    path, draw = tmp_path / "flipped.pt", random.Random(0)
+    path.write_bytes(content)
+    assert _seal.damage(path) is None
+    bits = [draw.randrange(8 * len(content)) for _ in range(200)]
+    unnoticed = []
+    for bit in [*bits, *range(8 * (len(content) - 100), 8 * len(content))]:
+        with path.open("r+b") as file:
+            file.seek(bit // 8)
+            file.write(bytes([content[bit // 8] ^ 1 << bit % 8]))
+            file.flush()
+            if _seal.damage(path) is None:
+                unnoticed.append(bit)
+            file.seek(bit // 8)
+            file.write(content[bit // 8 : bit // 8 + 1])
+    assert unnoticed == []
+    flip(path)
+    with pytest.raises(UserError, match=r"flipped\.pt is damaged: its SHA-256 is not the one"):
+        checkpoint.restore(begin(), path)
+
+
+def flip(path: Path, *, byte: int = -5000) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 16
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_of_before_there_were_seals_is_read(
+    whole: tuple[TrainState, RunFolder], tmp_path: Path
+) -> None:
+    """It is what torch.save wrote; a bit of a tensor that flipped is found all the same."""
+    path = tmp_path / "old.pt"
+    torch.save(torch.load(newest(whole[1]), weights_only=True), path)
+    restored = begin()
+    checkpoint.restore(restored, path)
+    assert content_bytes(restored) == content_bytes(whole[0])
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    flip(path, byte=largest.header_offset + largest.file_size)
+    with pytest.raises(UserError, match=r"old\.pt is damaged: the checksum of .* is wrong"):
+        checkpoint.restore(begin(), path)
+
+
+def saved_at(folder: RunFolder, *images: int) -> None:
+    """Write checkpoints whose weights tell when they are of."""
+    state = begin()
+    for state.images_seen in images:
+        torch.nn.init.constant_(next(state.networks.score.parameters()), state.images_seen)
+        checkpoint.save(state, folder)
+
+
+def test_a_damaged_newest_is_named_and_the_one_before_used(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is set aside, so that it neither counts as saved nor takes the place of a whole one."""
+    saved_at(folder, 4, 8)
+    flip(newest(folder))
+    state = begin()
+    used = checkpoint.restore_newest(state, folder, ALONE)
+    assert used == folder.checkpoints / "000000000004.pt" and state.images_seen == 4
+    assert float(next(state.networks.score.parameters()).detach().flatten()[0]) == 4
+    assert "000000000008.pt is damaged: its SHA-256" in caplog.text
+    assert "000000000004.pt, the checkpoint before it, is used" in caplog.text
+    names = {path.name for path in folder.checkpoints.iterdir()}
+    assert names == {"000000000004.pt", "000000000008.pt.damaged"}
+    assert checkpoint.images_saved(folder) == 4
+
+
+def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(folder: RunFolder) -> None:
+    """However often it is tried: a sentence, and the files stay. A new run has nothing to read."""
+    assert checkpoint.restore_newest(begin(), folder, ALONE) is None
+    saved_at(folder, 4, 8)
+    for path in folder.checkpoints.iterdir():
+        flip(path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+            checkpoint.restore_newest(begin(), folder, ALONE)
+
+
 def test_a_checkpoint_of_other_networks_is_named(
     whole: tuple[TrainState, RunFolder], tmp_path: Path
 ) -> None:
@@ -270,7 +354,7 @@ sys.path.insert(0, "tests")
 from core.errors import UserError
 from core.run_folder import RunFolder
 from test_checkpoint import begin
-from training import checkpoint
+from training import _seal, checkpoint
 
 state, folder = begin(), RunFolder(Path(sys.argv[1]))
 checkpoint.save(state, folder)

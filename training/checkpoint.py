@@ -1,16 +1,22 @@
-"""A state on the disk: written whole or not at all, read back bit for bit."""
+"""A state on the disk: written whole or not at all, checked and read back bit for bit."""
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 
+from core import distributed
+from core.distributed import World
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
+from training._seal import damage, seal
 from training.state import TrainState
 
+_log = logging.getLogger(__name__)
 _KEPT = 2
 _DAMAGE = (
     AttributeError,
@@ -31,8 +37,10 @@ def save(state: TrainState, folder: RunFolder) -> Path:
     Raises UserError where the disk refuses; earlier checkpoints are then untouched.
     """
     path = folder.checkpoints / f"{state.images_seen:012d}.pt"
+    folder.flush_readings()
     with atomic_write(path) as partial:
         torch.save(_content(state), partial)
+        seal(partial, {})
     for old in _all(folder)[:-_KEPT]:
         old.unlink()
     return path
@@ -49,11 +57,28 @@ def images_saved(folder: RunFolder) -> int:
     return 0 if path is None else int(path.stem)
 
 
+def restore_newest(state: TrainState, folder: RunFolder, world: World) -> Path | None:
+    """Return the path of the newest whole checkpoint, after setting the state to it; None where
+    there is none yet.
+
+    Those that are damaged are named in the log and set aside (NAME.pt.damaged). All ranks call it;
+    the main one chooses. Raises UserError where none is whole, or where the newest does not fit.
+    """
+    path = distributed.from_main(_newest_whole(folder) if world.is_main else None, world)
+    if path is not None:
+        restore(state, path)
+    return path
+
+
 def restore(state: TrainState, path: Path) -> None:
     """Set the state to what a checkpoint holds.
 
-    Raises UserError where the file is damaged or does not fit; the state is then of no more use.
+    Raises UserError where the file is damaged (the state is then as it was) or does not fit (the
+    state is then of no more use).
     """
+    wrong = damage(path)
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: {wrong}; delete it to go on from the one before")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         state.networks.student.load_state_dict(content["student"])
@@ -67,6 +92,29 @@ def restore(state: TrainState, path: Path) -> None:
             f"{path} is damaged or of another run ({type(error).__name__}); "
             "delete it to go on from the one before"
         ) from error
+
+
+def _newest_whole(folder: RunFolder) -> Path | None:
+    """Return the newest whole checkpoint, after setting aside those after it."""
+    damaged: list[Path] = []
+    for path in reversed(_all(folder)):
+        wrong = damage(path)
+        if wrong is None:
+            break
+        _log.warning("%s is damaged: %s", path, wrong)
+        damaged.append(path)
+    else:
+        if damaged:
+            raise UserError(
+                f"{folder.checkpoints}: none of its {len(damaged)} checkpoints is whole; bring one "
+                "back from a copy, or begin a new run"
+            )
+        return None
+    for each in damaged:
+        with suppress(OSError):  # to read is enough for a report
+            each.rename(each.with_name(f"{each.name}.damaged"))
+        _log.warning("%s, the checkpoint before it, is used", path.name)
+    return path
 
 
 def _content(state: TrainState) -> dict[str, object]:
