@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import math
 import os
 import random
 import subprocess
@@ -24,6 +25,7 @@ from generators import stylegan2
 from objectives import diff_instruct
 from teachers import edm
 from training import _seal, checkpoint
+from training.checkpoint import Keep
 from training.loop import Config, Interrupted, train
 from training.state import TrainState, start
 
@@ -181,6 +183,36 @@ def test_the_newest_two_are_kept(folder: RunFolder) -> None:
     names = sorted(path.name for path in folder.checkpoints.iterdir())
     assert names == ["000000001000.pt", "000000010000.pt"]
     assert newest(folder).name == names[1] and checkpoint.images_saved(folder) == 10_000
+
+
+def kept_of(folder: RunFolder, keep: Keep, scores: dict[int, float]) -> list[int]:
+    """Return the image counts of the checkpoints left of those saved with these scores."""
+    state = begin()
+    for state.images_seen, score in scores.items():
+        checkpoint.save(state, folder, keep=keep, scores={"fid": score, "recall": -score})
+    return sorted(int(path.stem) for path in folder.checkpoints.iterdir())
+
+
+def test_the_best_is_kept(folder: RunFolder) -> None:
+    """It stays until a better one comes; what is not a number is never the best."""
+    keep = Keep(newest=1, best="fid")
+    assert kept_of(folder, keep, {4: 9.0, 8: 3.0, 12: math.nan, 16: 5.0, 20: 3.0}) == [8, 20]
+    assert kept_of(folder, keep, {24: 2.0, 28: 2.5}) == [24, 28]
+
+
+def test_the_best_may_be_the_highest(folder: RunFolder) -> None:
+    """The score of the highest recall; a metric that was not measured keeps nothing."""
+    keep = Keep(newest=1, best="recall", best_is="highest")
+    assert kept_of(folder, keep, {4: 9.0, 8: 3.0, 12: 5.0, 16: 6.0}) == [8, 16]
+    assert kept_of(folder, Keep(newest=1, best="kid"), {20: 9.0}) == [20]
+
+
+def test_one_of_every_so_many_images_is_kept(folder: RunFolder) -> None:
+    """The first at or after each multiple stays, beside the newest, and none before the first."""
+    keep = Keep(newest=1, every_kimg=0.1)
+    counts = [4, 96, 104, 108, 200, 204, 420, 490]
+    assert kept_of(folder, keep, dict.fromkeys(counts, 1.0)) == [104, 200, 420, 490]
+    assert kept_of(folder, keep, {510: 1.0}) == [104, 200, 420, 510]
 
 
 def test_a_new_run_has_none(folder: RunFolder) -> None:

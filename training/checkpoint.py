@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Final, Literal
 
 import torch
+from pydantic import Field
 
 from core import distributed
+from core.config import Section
 from core.distributed import World
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
-from training._seal import damage, seal
+from training._seal import damage, scores_of, seal
 from training.state import TrainState
 
 _log = logging.getLogger(__name__)
-_KEPT = 2
 _DAMAGE = (
     AttributeError,
     EOFError,
@@ -31,18 +34,45 @@ _DAMAGE = (
 """What reading bytes that are no whole checkpoint of this run can raise."""
 
 
-def save(state: TrainState, folder: RunFolder) -> Path:
-    """Return the path of the checkpoint of this state, after writing it; the newest two are kept.
+class Keep(Section):
+    """Which checkpoints stay when a new one is written."""
 
-    Raises UserError where the disk refuses; earlier checkpoints are then untouched.
+    newest: int = Field(default=2, ge=1)
+    """So many of the newest stay; with two, a damaged one costs little."""
+    every_kimg: float = Field(default=0.0, ge=0)
+    """The first after each so many thousand images stays for ever; 0: none does."""
+    best: str | None = Field(default=None, min_length=1)
+    """The one with the best of this metric, measured while training (such as fid), stays too.
+    null: none does.
+    """
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """Which value of that metric is the best."""
+
+
+_KEEP: Final = Keep()
+_NO_SCORES: Final[Mapping[str, float]] = {}
+
+
+def save(
+    state: TrainState,
+    folder: RunFolder,
+    *,
+    keep: Keep = _KEEP,
+    scores: Mapping[str, float] = _NO_SCORES,
+) -> Path:
+    """Return the path of the checkpoint of this state, after writing it and removing old ones.
+
+    scores: metric -> what was measured on this state, if anything. Raises UserError where the disk
+    refuses; earlier checkpoints are then untouched.
     """
     path = folder.checkpoints / f"{state.images_seen:012d}.pt"
     folder.flush_readings()
     with atomic_write(path) as partial:
         torch.save(_content(state), partial)
-        seal(partial, {})
-    for old in _all(folder)[:-_KEPT]:
-        old.unlink()
+        seal(partial, scores)
+    paths = _all(folder)
+    for old in set(paths) - _kept(paths, keep):
+        old.unlink(missing_ok=True)
     return path
 
 
@@ -115,6 +145,22 @@ def _newest_whole(folder: RunFolder) -> Path | None:
             each.rename(each.with_name(f"{each.name}.damaged"))
         _log.warning("%s, the checkpoint before it, is used", path.name)
     return path
+
+
+def _kept(paths: Sequence[Path], keep: Keep) -> set[Path]:
+    """Return those checkpoints that stay, of all, oldest first."""
+    kept = set(paths[-keep.newest :])
+    if step := round(keep.every_kimg * 1000):
+        first = {int(path.stem) // step: path for path in reversed(paths)}
+        kept |= {path for multiple, path in first.items() if multiple > 0}
+    if keep.best is not None:
+        sign = 1 if keep.best_is == "lowest" else -1
+        scored = {path: scores_of(path) for path in paths}
+        ranked = {
+            path: sign * found[keep.best] for path, found in scored.items() if keep.best in found
+        }
+        kept |= set(sorted(ranked, key=ranked.__getitem__)[:1])
+    return kept
 
 
 def _content(state: TrainState) -> dict[str, object]:
