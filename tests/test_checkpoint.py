@@ -7,8 +7,10 @@ import errno
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -354,6 +356,150 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trap\.pt is damaged"):
         checkpoint.restore(begin(), path)
     assert not trace.exists()
+
+
+# In the background
+
+
+class Gate:
+    """torch.save that waits until it is let through, and then does it or raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.error = threading.Event(), None
+        self._save = torch.save
+        monkeypatch.setattr(torch, "save", self)
+
+    def __call__(self, content: object, path: Path) -> None:
+        assert self.opened.wait(timeout=30)
+        if self.error is not None:
+            raise self.error
+        self._save(content, path)
+
+    def refuse(self, number: int = errno.ENOSPC) -> None:
+        self.error = OSError(number, os.strerror(number))
+        self.opened.set()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+def changed(state: TrainState) -> None:
+    """Train on: every tensor of the state becomes another."""
+    state.images_seen += 4
+    for part in (state.networks.student, state.networks.score, state.student_ema):
+        for tensor in part.state_dict().values():
+            tensor.copy_(tensor + 1 if tensor.dtype != torch.bool else ~tensor)
+    for optimizer in state.optimizers.values():
+        for moments in optimizer.state.values():
+            for tensor in moments.values():
+                tensor += 1
+
+
+def test_what_is_written_is_the_state_when_it_was_saved(
+    whole: tuple[TrainState, RunFolder], folder: RunFolder, gate: Gate
+) -> None:
+    """Training goes on while it is written, also over the second copy, made where the first was;
+    channels-last weights are read back as such.
+    """
+    state = begin()
+    checkpoint.restore(state, newest(whole[1]))
+    expected = []
+    with checkpoint.Writer(folder) as writer:
+        for _ in range(2):
+            expected.append(content_bytes(state))
+            writer.save(state)
+            changed(state)
+            gate.opened.set()
+    assert content_bytes(state).keys() == expected[0].keys()
+    for path, content in zip(sorted(folder.checkpoints.iterdir()), expected, strict=True):
+        restored = begin()
+        checkpoint.restore(restored, path)
+        found = content_bytes(restored)
+        assert [name for name in content if found[name] != content[name]] == []
+        assert content != content_bytes(state)
+    written = torch.load(newest(folder), weights_only=True)["score"]
+    strides = {name: tensor.stride() for name, tensor in state.networks.score.state_dict().items()}
+    assert strides == {name: tensor.stride() for name, tensor in written.items()}
+
+
+def test_saving_does_not_wait_for_the_disk_but_leaving_does(folder: RunFolder, gate: Gate) -> None:
+    """`save` returns before anything is written; behind the block all is."""
+    with checkpoint.Writer(folder) as writer:
+        writer.save(begin())
+        assert checkpoint.newest(folder) is None
+        gate.opened.set()
+    assert newest(folder).name == "000000000000.pt"
+
+
+@pytest.mark.parametrize("where", ["save", "wait", "end"])
+def test_a_refusal_is_told_at_the_next_opportunity(
+    folder: RunFolder, gate: Gate, where: str
+) -> None:
+    """Once, as a sentence; the checkpoint before is whole and no part of the other is left."""
+    state = begin()
+    gate.opened.set()
+    with checkpoint.Writer(folder) as writer:
+        writer.save(state)
+        writer.wait()
+        state.images_seen = 4
+        gate.refuse()
+        if where != "end":
+            writer.save(state)
+            with pytest.raises(UserError, match=r"0004\.pt: cannot be written: No space left"):
+                writer.save(state) if where == "save" else writer.wait()
+    if where == "end":
+        with pytest.raises(UserError, match="No space"), checkpoint.Writer(folder) as writer:
+            writer.save(state)
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["000000000000.pt"]
+    assert checkpoint.restore_newest(state, folder, ALONE) == newest(folder)
+
+
+def test_an_error_of_training_goes_before_one_of_the_disk(
+    folder: RunFolder, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What stopped the run is raised, the disk's refusal logged."""
+    with pytest.raises(ZeroDivisionError), checkpoint.Writer(folder) as writer:
+        writer.save(begin())
+        gate.refuse()
+        raise ZeroDivisionError
+    assert "the last checkpoint is not written: " in caplog.text and "No space" in caplog.text
+
+
+_KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+import torch
+sys.path.insert(0, "tests")
+from core.run_folder import RunFolder
+from test_checkpoint import begin
+from training import checkpoint
+
+def half(content, path, save=torch.save):
+    save(content, path)
+    os.truncate(path, path.stat().st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+state, folder = begin(), RunFolder(Path(sys.argv[1]))
+with folder.exclusive(), checkpoint.Writer(folder) as writer:
+    writer.save(state)
+    writer.wait()
+    torch.save, state.images_seen = half, 4
+    writer.save(state)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_process_killed_while_writing_leaves_the_checkpoint_before(folder: RunFolder) -> None:
+    """It is the newest and whole; the next to hold the run clears away the half of the other."""
+    arguments = [sys.executable, "-c", _KILLED, str(folder.path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list(folder.checkpoints.iterdir())) == 2
+    with folder.exclusive():
+        used = checkpoint.restore_newest(begin(), folder, ALONE)
+    assert list(folder.checkpoints.iterdir()) == [used]
 
 
 # Full disks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +18,7 @@ from core.config import Section
 from core.distributed import World
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
+from training._copies import copied
 from training._seal import damage, scores_of, seal
 from training.state import TrainState
 
@@ -49,6 +51,7 @@ class Keep(Section):
     """Which value of that metric is the best."""
 
 
+Content = dict[str, object]
 _KEEP: Final = Keep()
 _NO_SCORES: Final[Mapping[str, float]] = {}
 
@@ -65,15 +68,55 @@ def save(
     scores: metric -> what was measured on this state, if anything. Raises UserError where the disk
     refuses; earlier checkpoints are then untouched.
     """
-    path = folder.checkpoints / f"{state.images_seen:012d}.pt"
-    folder.flush_readings()
-    with atomic_write(path) as partial:
-        torch.save(_content(state), partial)
-        seal(partial, scores)
-    paths = _all(folder)
-    for old in set(paths) - _kept(paths, keep):
-        old.unlink(missing_ok=True)
-    return path
+    return _write(_content(state), folder, keep, scores)
+
+
+class Writer:
+    """Writes checkpoints in the background: training waits only until its state is copied.
+
+    One is written at a time. The next `save`, `wait` and the end of the block wait for it and raise
+    what it met: UserError where the disk refuses, and earlier checkpoints are then untouched. The
+    copy takes as much of the computer's memory as a checkpoint, and is used again for the next.
+    """
+
+    def __init__(self, folder: RunFolder, keep: Keep = _KEEP) -> None:
+        self.folder, self.keep = folder, keep
+        self._copy: Content = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(self, state: TrainState, *, scores: Mapping[str, float] = _NO_SCORES) -> None:
+        """Begin to write the checkpoint of this state, which may change from now on."""
+        self.wait()
+        self._copy = copied(_content(state), self._copy)
+        self._writing = self._thread.submit(
+            _write, self._copy, self.folder, self.keep, dict(scores)
+        )
+
+    def wait(self) -> None:
+        """Return when what was begun is on the disk. Raises what writing it met, once."""
+        if self._writing is None:
+            return
+        try:
+            self._writing.result()
+        except Exception:
+            self._writing = None
+            raise
+        self._writing = None  # but not if Ctrl-C came: there is still something to wait for
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait; where the block was left by an error of its own, one met here is only logged."""
+        try:
+            self.wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            _log.error("the last checkpoint is not written: %s", error)
+        finally:
+            self._thread.shutdown()
 
 
 def newest(folder: RunFolder) -> Path | None:
@@ -147,6 +190,18 @@ def _newest_whole(folder: RunFolder) -> Path | None:
     return path
 
 
+def _write(content: Content, folder: RunFolder, keep: Keep, scores: Mapping[str, float]) -> Path:
+    path = folder.checkpoints / f"{content['images_seen']:012d}.pt"
+    folder.flush_readings()
+    with atomic_write(path) as partial:
+        torch.save(content, partial)
+        seal(partial, scores)
+    paths = _all(folder)
+    for old in set(paths) - _kept(paths, keep):
+        old.unlink(missing_ok=True)
+    return path
+
+
 def _kept(paths: Sequence[Path], keep: Keep) -> set[Path]:
     """Return those checkpoints that stay, of all, oldest first."""
     kept = set(paths[-keep.newest :])
@@ -163,7 +218,7 @@ def _kept(paths: Sequence[Path], keep: Keep) -> set[Path]:
     return kept
 
 
-def _content(state: TrainState) -> dict[str, object]:
+def _content(state: TrainState) -> Content:
     return {
         "images_seen": state.images_seen,
         "student": state.networks.student.state_dict(),

@@ -1,0 +1,50 @@
+"""Copies of a state's tensors in the computer's memory, made where the copies before them were.
+
+New memory is slow to come by: the system clears each page when it is first written to.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def copied(value: T, before: object = None) -> T:
+    """Return a copy, all on the CPU, of tensors in dicts and lists; strides stay as they are.
+
+    before: an earlier copy, whose tensors are overwritten where they fit; the copy may hold them.
+    """
+    return cast(T, _copied(value, before))
+
+
+def _copied(value: object, before: object) -> object:
+    if isinstance(value, Tensor):
+        return _tensor(value.detach(), before)
+    if isinstance(value, dict):
+        earlier = before if isinstance(before, Mapping) else {}
+        made = copy.copy(value)  # with what a state dict has beside its items: `_metadata`
+        made.update({key: _copied(below, earlier.get(key)) for key, below in value.items()})
+        return made
+    if isinstance(value, (list, tuple)):
+        earlier = before if isinstance(before, Sequence) else ()
+        pairs = zip(value, itertools.chain(earlier, itertools.repeat(None)), strict=False)
+        return type(value)(_copied(*pair) for pair in pairs)
+    return value
+
+
+def _tensor(value: Tensor, before: object) -> Tensor:
+    """Return a copy of a tensor: the earlier one overwritten if it has the same form."""
+    if (
+        isinstance(before, Tensor)
+        and (before.dtype, before.shape) == (value.dtype, value.shape)
+        and before.stride() == value.stride()
+    ):
+        return before.copy_(value)
+    return torch.empty_like(value, device="cpu").copy_(value)
