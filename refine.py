@@ -35,7 +35,7 @@ from core.distributed import World
 from core.downloads import cache_path
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
-from eval import features, report
+from eval import features, wording
 from refinement.parts import SAMPLED, found, load_parts
 from refinement.recipe import Recipe, read_recipe
 from refinement.run import Run, finish, note_session, open_run, train
@@ -200,7 +200,7 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
                 train(run)
             made = finish(run)
         if world.is_main:
-            click.echo(f"\n{report.summary(made)}\n\nreport: {run.folder.report / 'report.md'}")
+            click.echo(f"\n{wording.summary(made)}\n\nreport: {run.folder.report / 'report.html'}")
 
 
 @contextmanager

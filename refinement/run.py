@@ -26,7 +26,7 @@ from core.downloads import local_file, sha256_of
 from core.errors import UserError
 from core.protocols import Networks
 from core.run_folder import RunFolder, atomic_write
-from eval import pictures, report, samples
+from eval import pages, pictures, report, samples
 from eval.metrics import MetricResult, frechet_distance
 from refinement.adapter import Downsample
 from refinement.parts import Parts, found, size, with_teacher_samples
@@ -126,7 +126,7 @@ def finish(run: Run) -> report.Report:
             labels=samples.inputs_of(student, seeds).labels,
             teacher=run.parts.images_of(run.parts.teacher) if _starts_from_noise(run) else None,
         )
-        report.write(run.folder.report, made, pairs)
+        pages.write(run.folder.report, made, pairs)
     return made
 
 
@@ -277,6 +277,8 @@ def _pair_seeds(run: Run) -> list[int]:
 
 def _file(section: NetworkSection) -> dict[str, str | None]:
     """Return path and hash of a network's file, or the family whose weights were drawn."""
+    if section.family == "one_step_edm" and "network" not in (section.config or {"network": 0}):
+        return {"path": "a copy of the teacher", "sha256": None}
     if section.weights is None:
         return {"path": f"freshly drawn {section.family}", "sha256": None}
     return {"path": section.weights, "sha256": sha256_of(local_file(found(section.weights)))}

@@ -53,8 +53,8 @@ def test_a_run_leaves_its_files_and_no_others(finished: Finished) -> None:
     """Recipe, readings, the newest two checkpoints, samples, refined weights and report."""
     expected = [
         *("checkpoints/000000000064.pt", "checkpoints/000000000080.pt"),
-        *("readings.jsonl", "recipe.yaml"),
-        *("report/curve.png", "report/report.json", "report/report.md", "report/report.png"),
+        *("readings.jsonl", "recipe.yaml", "report/curve.png"),
+        *(f"report/report.{kind}" for kind in ("html", "json", "md", "png")),
         *(f"samples/{images:012d}.png" for images in (0, 32, 64, 80)),
         *("student.safetensors", "teacher-samples.npz"),
     ]
@@ -67,7 +67,7 @@ def test_a_run_ends_with_a_table_and_the_path_of_its_report(finished: Finished) 
     header, row, *_ = finished.outcome.stdout.strip().splitlines()
     assert header.split() == ["before", "after", "change"]
     assert row.startswith("FID (pixels features)")
-    assert f"report: {finished.folder.report / 'report.md'}" in finished.outcome.stdout
+    assert f"report: {finished.folder.report / 'report.html'}" in finished.outcome.stdout
 
 
 def test_a_run_speaks_of_what_it_does(finished: Finished) -> None:
@@ -237,7 +237,7 @@ def test_a_finished_run_is_only_reported_again(
     outcome = call(option, copied.path)
     after = contents(copied.path)
     assert outcome.code == 0, outcome.stderr
-    assert f"report: {copied.report / 'report.md'}" in outcome.stdout
+    assert f"report: {copied.report / 'report.html'}" in outcome.stdout
     assert after.keys() == before.keys()
     assert [name for name in before if after[name] != before[name]] in ([], ["report/report.json"])
     was, now = (json.loads(files["report/report.json"]) for files in (before, after))

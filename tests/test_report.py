@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
+from eval import pages, wording
 from eval import report as reports
 from eval.metrics import MetricResult
 from eval.report import (
@@ -57,20 +61,20 @@ def _pairs(count: int, labels: tuple[int, ...] | None, size: int = 8) -> Pairs:
 def test_the_teacher_s_own_samples_have_their_line() -> None:
     """Summary, page and table of facts say what they are worth, and a weak teacher is named."""
     said = "FID (mnist32 features) 7.00 of 10,000 images"
-    assert f"the teacher's own samples: {said}" in reports.summary(REPORT)
-    assert f"| teacher's own samples | {said} |" in reports.markdown(REPORT, pictures=[])
-    assert not any("little to learn" in warning for warning in reports.warnings(REPORT))
+    assert f"the teacher's own samples: {said}" in wording.summary(REPORT)
+    assert f"| teacher's own samples | {said} |" in pages.markdown(REPORT, pictures=[])
+    assert not any("little to learn" in warning for warning in wording.warnings(REPORT))
     weak = replace(REPORT, teacher_samples=SampleScore(24.5, 1000))
-    (warning,) = [line for line in reports.warnings(weak) if "little to learn" in line]
+    (warning,) = [line for line in wording.warnings(weak) if "little to learn" in line]
     assert "24.5 of 1,000 images" in warning
     unknown = replace(REPORT, teacher_samples=None)
-    assert "| teacher's own samples | not measured |" in reports.markdown(unknown, pictures=[])
-    assert "teacher" not in reports.summary(unknown)
+    assert "| teacher's own samples | not measured |" in pages.markdown(unknown, pictures=[])
+    assert "teacher" not in wording.summary(unknown)
 
 
 def test_json_has_every_field(tmp_path: Path) -> None:
     """report.json gives each metric as mean, std and values, and says what was measured on what."""
-    reports.write(tmp_path / "report", REPORT)
+    pages.write(tmp_path / "report", REPORT)
     document = json.loads((tmp_path / "report" / "report.json").read_text())
     assert document["schema_version"] == 1
     assert document["before"]["fid"]["values"] == [24.2, 24.1, 23.8]
@@ -88,7 +92,7 @@ def test_json_has_every_field(tmp_path: Path) -> None:
 
 def test_a_report_is_read_back(tmp_path: Path) -> None:
     """What report.json holds is the whole report."""
-    reports.write(tmp_path, REPORT)
+    pages.write(tmp_path, REPORT)
     assert reports.read(tmp_path / "report.json") == REPORT
 
 
@@ -102,21 +106,21 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_headline_is_the_result_in_a_line() -> None:
     """The headline has before, after and the change in percent."""
-    assert reports.headline(REPORT) == "FID (mnist32 features) 24.0 ± 0.2 → 15.3 ± 0.1 (-36 %)"
+    assert wording.headline(REPORT) == "FID (mnist32 features) 24.0 ± 0.2 → 15.3 ± 0.1 (-36 %)"
     inception = replace(REPORT, extractor=ExtractorName("inception", "b" * 64))
-    assert reports.headline(inception).startswith("FID 24.0")
+    assert wording.headline(inception).startswith("FID 24.0")
 
 
 def test_markdown_names_the_extractor_and_warns() -> None:
     """A reader of digit-network distances is told that they are not Inception's."""
-    text = reports.markdown(REPORT, pictures=["report.png"])
+    text = pages.markdown(REPORT, pictures=["report.png"])
     assert "features of `mnist32`, not Inception: not comparable" in text
     assert "![Pairs" in text and "(report.png)" in text and "curve.png" not in text
 
 
 def test_inception_needs_no_such_warning() -> None:
     """A clean report of Inception FIDs of enough images has no warning."""
-    assert reports.warnings(replace(REPORT, extractor=ExtractorName("inception", "b" * 64))) == []
+    assert wording.warnings(replace(REPORT, extractor=ExtractorName("inception", "b" * 64))) == []
 
 
 @pytest.mark.parametrize(
@@ -136,13 +140,13 @@ def test_inception_needs_no_such_warning() -> None:
 )
 def test_warnings_say_what_a_reader_must_know(change: dict[str, object], message: str) -> None:
     """A change within the spread, one seed, few images, a dirty checkout: a sentence each."""
-    assert any(message in warning for warning in reports.warnings(replace(REPORT, **change)))
-    assert not any(message in warning for warning in reports.warnings(REPORT))
+    assert any(message in warning for warning in wording.warnings(replace(REPORT, **change)))
+    assert not any(message in warning for warning in wording.warnings(REPORT))
 
 
 def test_summary_is_a_small_table() -> None:
     """The terminal gets a line a metric below a heading, columns aligned, and the warnings."""
-    lines = reports.summary(REPORT).splitlines()
+    lines = wording.summary(REPORT).splitlines()
     assert lines[0].split() == ["before", "after", "change"]
     assert lines[1].endswith("24.0 ± 0.2  15.3 ± 0.1   -36 %")
     assert len(lines[0]) == len(lines[1])
@@ -152,10 +156,11 @@ def test_summary_is_a_small_table() -> None:
 
 def test_pictures_are_written_beside_the_text(tmp_path: Path) -> None:
     """A report with pairs and a curve has both pictures, and nothing half-written beside."""
-    path = reports.write(tmp_path / "report", REPORT, _pairs(4, (0, 1, 0, 1)))
+    path = pages.write(tmp_path / "report", REPORT, _pairs(4, (0, 1, 0, 1)))
     names = {file.name for file in path.parent.iterdir()}
-    assert names == {"report.json", "report.md", "report.png", "curve.png"}
-    assert "(curve.png)" in path.read_text()
+    assert names == {"report.json", "report.md", "report.html", "report.png", "curve.png"}
+    assert path.name == "report.html"
+    assert "(curve.png)" in (path.parent / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +171,7 @@ def test_every_pair_is_in_the_picture(
     tmp_path: Path, count: int, labels: tuple[int, ...] | None, rows: int, columns: int
 ) -> None:
     """Each black before-image is there in full, in a column for each class or 8 of them."""
-    reports.write(tmp_path, REPORT, _pairs(count, labels))
+    pages.write(tmp_path, REPORT, _pairs(count, labels))
     picture = Image.open(tmp_path / "report.png").convert("L")
     black = int((np.asarray(picture) == 0).sum())
     assert count * 72 * 72 <= black < count * 72 * 72 + 300
@@ -176,9 +181,9 @@ def test_every_pair_is_in_the_picture(
 
 def test_the_curve_has_its_size(tmp_path: Path) -> None:
     """curve.png is 860 x 470; a single point makes no curve."""
-    reports.write(tmp_path / "two", REPORT)
+    pages.write(tmp_path / "two", REPORT)
     assert Image.open(tmp_path / "two" / "curve.png").size == (860, 470)
-    reports.write(tmp_path / "one", replace(REPORT, curve=Curve((CurvePoint(0, 24.5),))))
+    pages.write(tmp_path / "one", replace(REPORT, curve=Curve((CurvePoint(0, 24.5),))))
     assert not (tmp_path / "one" / "curve.png").exists()
 
 
@@ -188,3 +193,74 @@ def test_environment_says_what_runs_here() -> None:
     assert environment.versions["torch"] == str(torch.__version__)
     assert {"python", "torch-fidelity"} <= environment.versions.keys()
     assert "CPU cores" in environment.hardware
+
+
+# The page
+
+
+class _Tags(HTMLParser):
+    """Every tag of a page with its attributes, and whether all that were opened were closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "link", "img", "input", "line", "circle", "polyline", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in {"line", "circle", "polyline"}:
+            assert self.open.pop() == tag
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def _page(folder: Path, report: Report = REPORT, pairs: Pairs | None = None) -> str:
+    return pages.write(folder, report, pairs).read_text()
+
+
+def test_the_page_needs_nobody(tmp_path: Path) -> None:
+    """Pictures are in the page; it names no other file or address; every tag is closed."""
+    page = _Tags(_page(tmp_path, pairs=_pairs(4, (0, 1, 0, 1))))
+    assert page.open == []
+    images = [image["src"] for image in page.of("img")]
+    assert len(images) == 8 and all(source.startswith("data:image/png") for source in images)
+    assert not page.of("link")[0]["href"].startswith("http") and len(page.of("link")) == 1
+    assert all("src" not in script for script in page.of("script"))
+
+
+def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
+    """Headline, verdict, every warning, the classes and seeds of the pairs, the teacher's line."""
+    text = _page(tmp_path, pairs=_pairs(4, (0, 1, 0, 1)))
+    for said in ("24.0 ± 0.2", "15.3 ± 0.1", "-36 %", "more than the spread", "class 1, seed 3"):
+        assert said in text
+    assert "<code>mnist32</code>, not Inception" in text
+    assert 'class="name"' in text and ">teacher 7<" in text and ">real images 1<" in text
+    within = replace(REPORT, after={"fid": MetricResult.of([24.3, 23.9, 24.0])})
+    assert "no more than the spread" in _page(tmp_path, within)
+
+
+def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+    """What a user named is shown as it is, not run."""
+    evil = "<script>alert(1)</script>"
+    report = replace(REPORT, name=evil, student=File(evil, None), recipe={"name": evil})
+    page = _Tags(_page(tmp_path, report))
+    assert len(page.of("script")) == 1 and page.open == []
+
+
+def test_the_curve_of_the_page_is_where_the_numbers_are(tmp_path: Path) -> None:
+    """Points fall from left to right as the metric falls; a larger value stands higher."""
+    first, last = _Tags(_page(tmp_path)).of("circle")
+    assert float(first["cx"]) < float(last["cx"]) and float(first["cy"]) < float(last["cy"])
+
+
+def test_large_images_are_shrunk_in_the_page(tmp_path: Path) -> None:
+    """A page of pairs of 1024x1024 stays a page that can be sent."""
+    page = _Tags(_page(tmp_path, pairs=_pairs(1, None, size=1024)))
+    content = base64.b64decode(page.of("img")[0]["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (256, 256)
