@@ -1,16 +1,18 @@
 """A round of Diff-Instruct, score and student step: images per second and peak memory by setting.
 
     python -m benchmarks.step                               CIFAR-10's DDPM++, on the CPU
-    python -m benchmarks.step --device cuda --batch 128 --shape ffhq-64
+    python -m benchmarks.step --device cuda --batch 128 --shape ffhq-64 --shape imagenet-64
     python -m benchmarks.step --published PATH              beside the official code's step
 
 The student is the teacher at one noise level (`--distill`), all weights are drawn. A round holds
 both steps, both optimizers and the moving average. Each column runs in a process of its own, one
-at a time and in turns, so that its peak memory is its own and a busy machine slows all alike.
+at a time and in turns, so that its peak memory is its own and a busy machine slows all alike; all
+of them are held at once. The device's rate is measured there too, after the rounds.
 
 PATH is a checkout of the official Diff-Instruct code. Its networks and losses run unmodified, in
-the order of its training loop: train mode with dropout, float32. It saves the state of CUDA's
-random numbers in between, in whose place it is given the CPU's where there is no CUDA.
+the order and with the settings of its training loop: train mode with dropout, contiguous float32.
+Augmentation and what serves several GPUs are left out, which spares it time. It saves the state of
+CUDA's random numbers in between, in whose place it is given the CPU's where there is no CUDA.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import copy
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +72,8 @@ class Task(NamedTuple):
     """What a process is to run."""
 
     column: str
-    shape: str
+    network: dict[str, object]
+    """Settings of teachers/edm.py, in its authors' words."""
     batch: int
     device: str
     threads: int
@@ -84,19 +87,25 @@ class Report(NamedTuple):
     """Peak of the process, or of the GPU's memory in use."""
     flops: float
     """Multiply and add of the convolutions and matrix products of one round."""
+    rate: float
+    """FLOP/s of the device, at best, in the column's precision."""
 
 
 @click.command()
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="cifar10", show_default=True)
+@click.option(
+    "--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), default=["cifar10"]
+)
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--column", "names", multiple=True, type=click.Choice(list(COLUMNS)))
+@click.option(
+    "--column", "names", multiple=True, type=click.Choice(list(COLUMNS)), help="Default: all."
+)
 @click.option("--published", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(
     device: str,
-    shape: str,
+    shapes: tuple[str, ...],
     batch: int,
     rounds: int,
     threads: int,
@@ -105,22 +114,27 @@ def main(
 ) -> None:
     """Print the table."""
     columns = [*(names or COLUMNS), *([PUBLISHED] if published else [])]
-    tasks = [Task(name, shape, batch, device, threads, published) for name in columns]
-    seconds, reports = _measured(tasks, rounds=rounds)
-    rates = {name: _device_rate(name, device, threads) for name in columns}
-    base = statistics.median(seconds[columns[-1]])
     click.echo(
-        f"| {shape}, batch {batch} | s a round | images/s | peak MiB | of device rate | speed, "
-        f"{columns[-1]} = 1 |"
+        "| network | column | s a round | images/s | peak MiB | of device rate "
+        f"| speed, {columns[-1]} = 1 |"
     )
-    click.echo("|---|---:|---:|---:|---:|---:|")
-    for name, report in zip(columns, reports, strict=True):
-        median = statistics.median(seconds[name])
+    click.echo("|---|---|---:|---:|---:|---:|---:|")
+    for shape in shapes:
+        tasks = [Task(name, SHAPES[shape], batch, device, threads, published) for name in columns]
+        seconds, reports = _measured(tasks, rounds=rounds)
+        for row in _rows(seconds, reports, batch=batch):
+            click.echo(f"| {shape} {row}")
+
+
+def _rows(seconds: dict[str, list[float]], reports: list[Report], *, batch: int) -> Iterator[str]:
+    """Yield a row for each column; speeds are in units of the last one's."""
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    *_, base = medians.values()
+    for (name, median), report in zip(medians.items(), reports, strict=True):
         peak = "unknown" if report.mebibytes is None else f"{report.mebibytes:.0f}"
-        share = report.flops / median / rates[name]
-        click.echo(
-            f"| {name} | {median:.2f} | {batch / median:.3g} | {peak} | {share:.0%} "
-            f"| {base / median:.2f} |"
+        yield (
+            f"| {name} | {median:.3g} | {batch / median:.3g} | {peak} "
+            f"| {report.flops / median / report.rate:.0%} | {base / median:.2f} |"
         )
 
 
@@ -137,7 +151,8 @@ def _measured(tasks: list[Task], *, rounds: int) -> tuple[dict[str, list[float]]
             stack.callback(process.terminate)
             theirs.close()
             lines.append(ours)
-            _asked(ours, "warm up", task)
+        for line, task in zip(lines, tasks, strict=True):
+            _asked(line, "warm up", task)
         for _ in range(rounds):
             for line, task in zip(lines, tasks, strict=True):
                 seconds[task.column].append(_asked(line, "round", task))
@@ -157,15 +172,14 @@ def _serve(task: Task, line: Connection) -> None:
     """Answer "warm up", "round" (with its seconds) and "report" until the line is closed."""
     torch.set_num_threads(task.threads)
     play = _official(task) if task.column == PUBLISHED else _ours(task)
-    device, flops = torch.device(task.device), 0.0
+    device = torch.device(task.device)
     with contextlib.suppress(EOFError):
         while request := line.recv():
             if request == "report":
                 peak = in_use(device, peak=True)
                 with FlopCounterMode(display=False) as counter:
                     play()
-                flops = counter.get_total_flops()
-                line.send(Report(peak, flops))
+                line.send(Report(peak, counter.get_total_flops(), _device_rate(task)))
                 continue
             started = time.perf_counter()
             play()
@@ -178,7 +192,7 @@ def _ours(task: Task) -> Callable[[], object]:
     """Return what plays one round of ours."""
     device, column = torch.device(task.device), COLUMNS[task.column]
     torch.manual_seed(0)
-    teacher = edm.build(edm.Config.model_validate(SHAPES[task.shape]))
+    teacher = edm.build(edm.Config.model_validate(task.network))
     teacher = teacher.to(device, memory_format=torch.channels_last)
     student = one_step_edm.from_teacher(teacher, one_step_edm.Config())
     networks = Networks(student, copy.deepcopy(teacher), teacher)
@@ -205,7 +219,8 @@ def _official(task: Task) -> Callable[[], object]:
             torch.get_rng_state,
             torch.set_rng_state,
         )
-    shape = {**SHAPES[task.shape]}
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+    shape = dict(task.network)
     classes, resolution = shape.pop("label_dim", 0), shape.pop("img_resolution")
     torch.manual_seed(0)
     net = EDMPrecond(resolution, shape.pop("img_channels"), label_dim=classes, **shape)
@@ -248,12 +263,12 @@ def _official(task: Task) -> Callable[[], object]:
     return play
 
 
-def _device_rate(column: str, device: str, threads: int) -> float:
+def _device_rate(task: Task) -> float:
     """Return FLOP/s in the precision of a column, at best: of a product of matrices, or of a
     convolution, which some processors do faster.
     """
-    torch.set_num_threads(threads)
-    dtype = DTYPES[COLUMNS[column].precision] if column in COLUMNS else torch.float32
+    column, device = COLUMNS.get(task.column), task.device
+    dtype = torch.float32 if column is None else DTYPES[column.precision]
     first, second = torch.randn(2, 2048, 2048, device=device).to(dtype)
     images = torch.randn(8, 256, 32, 32, device=device).to(dtype, memory_format=torch.channels_last)
     kernel = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
@@ -263,9 +278,9 @@ def _device_rate(column: str, device: str, threads: int) -> float:
 
 
 def _at_best(run: Callable[[], object], device: str) -> float:
-    """Return the seconds of the fastest of 20 runs."""
-    seconds = []
-    for _ in range(20):
+    """Return the seconds of the fastest run within one second."""
+    seconds: list[float] = []
+    while sum(seconds) < 1:
         started = time.perf_counter()
         run()
         if device != "cpu":
