@@ -112,13 +112,9 @@ class Conv(nn.Module):
         return images if self.weight is None else self._convolved(images, padding=self.padding)
 
     def _convolved(self, images: Tensor, *, padding: int) -> Tensor:
-        weight, bias = self._cast(images)
-        return conv2d(images, weight, bias, padding=padding)
-
-    def _cast(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weight and bias in the precision of the images."""
         assert self.weight is not None and self.bias is not None
-        return self.weight.to(images.dtype), self.bias.to(images.dtype)
+        weight, bias = self.weight.to(images.dtype), self.bias.to(images.dtype)
+        return conv2d(images, weight, bias, padding=padding)
 
     def _convolved_finer(self, images: Tensor) -> Tensor:
         """Return the convolution of the nearest-neighbour upsampled images, without making those.
@@ -126,10 +122,11 @@ class Conv(nn.Module):
         Every input pixel stands for 2x2 equal ones, so it spreads the box sum of the kernel: 16
         products where 36 were (3x3), and twice as fast.
         """
-        weight, bias = self._cast(images)
-        flipped = weight.flip(2, 3).transpose(0, 1)  # [in, out, k, k]
+        assert self.weight is not None and self.bias is not None
+        flipped = self.weight.flip(2, 3).transpose(0, 1)  # [in, out, k, k]
         spread = 4 * F.avg_pool2d(flipped, 2, stride=1, padding=1)  # [in, out, k + 1, k + 1]
-        return F.conv_transpose2d(images, spread, bias, stride=2, padding=self.padding)
+        weight, bias = spread.to(images.dtype), self.bias.to(images.dtype)
+        return F.conv_transpose2d(images, weight, bias, stride=2, padding=self.padding)
 
     def _upsampled(self, images: Tensor) -> Tensor:
         if self.is_box:

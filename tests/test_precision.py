@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import edm_goldens
 import pytest
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,28 @@ def test_bfloat16_is_close_to_float32(kind: str) -> None:
     assert found.dtype == gradient.dtype == torch.float32
     assert 0 < _distance(found, exact) < 0.03
     assert 0 < _distance(gradient, exact_gradient) < 0.06
+
+
+@pytest.mark.parametrize("name", edm_goldens.NAMES)
+def test_published_networks_agree_in_bfloat16(name: str) -> None:
+    """Each golden, so each preconditioning: images agree to 2 % of their norm and are float32."""
+    golden = edm_goldens.read_golden(name)
+    network = edm_goldens.load(golden)
+    with torch.no_grad(), computing_in("bfloat16", [network]):
+        found = edm_goldens.denoise(network, golden.inputs)
+    assert found.dtype == torch.float32
+    assert 0 < _distance(found, golden.denoised) < 0.02
+
+
+def test_a_precision_reaches_wrapped_and_shared_networks() -> None:
+    """A student's denoiser too, and one that two of the networks share ends as it began."""
+    teacher = denoiser("ddpmpp")
+    student = one_step_edm.OneStepEDM(teacher, config=one_step_edm.Config())
+    exact = student(inputs()[0], inputs()[2])
+    with computing_in("bfloat16", [nn.Sequential(student), teacher]):
+        assert 0 < _distance(student(inputs()[0], inputs()[2]), exact) < 0.03
+        assert student.state_dict().keys() == {f"denoiser.{key}" for key in teacher.state_dict()}
+    assert torch.equal(student(inputs()[0], inputs()[2]), exact)
 
 
 @kinds
@@ -137,4 +160,4 @@ def _vector(network: nn.Module) -> Tensor:
 
 
 def _distance(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
+    return ((found - exact).norm() / exact.norm()).item()
