@@ -217,6 +217,19 @@ def test_one_of_every_so_many_images_is_kept(folder: RunFolder) -> None:
     assert kept_of(folder, keep, {510: 1.0}) == [104, 200, 420, 510]
 
 
+def test_an_old_one_that_cannot_be_removed_is_no_failure(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new checkpoint is written; the log tells of the one that stays."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert kept_of(folder, Keep(newest=1), {4: 1.0, 8: 1.0}) == [4, 8]
+    assert "000000000004.pt cannot be removed: Operation not permitted" in caplog.text
+
+
 def test_a_new_run_has_none(folder: RunFolder) -> None:
     """No checkpoint and no images."""
     assert checkpoint.newest(folder) is None and checkpoint.images_saved(folder) == 0

@@ -198,7 +198,10 @@ def _write(content: Content, folder: RunFolder, keep: Keep, scores: Mapping[str,
         seal(partial, scores)
     paths = _all(folder)
     for old in set(paths) - _kept(paths, keep):
-        old.unlink(missing_ok=True)
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:  # the new one is written all the same
+            _log.warning("%s cannot be removed: %s", old, error.strerror)
     return path
 
 
