@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,9 @@ class Lock:
             is_sure = _try(descriptor)
             if not is_sure:
                 _log.warning("%s: no locks here; let no other process write there", path.parent)
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            with suppress(OSError):  # a full disk: it is held all the same, without a name on it
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except BlockingIOError:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)

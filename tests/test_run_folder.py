@@ -294,11 +294,15 @@ for size in (10_000, 10_000_000):
             partial.write_bytes(bytes(size))
     except UserError as error:
         print(error)
+(folder.checkpoints / ".4.pt.0123abcd.partial").mkdir()
 (folder.path / "ballast").open("wb", buffering=0).write(bytes(10_000_000))
 try:
     folder.append_reading({"images_seen": 128, "text": 10_000 * "x"})
 except UserError as error:
     print(error)
+begun = folder.checkpoints / ".4.pt.0123abcd.partial"
+with folder.exclusive():
+    assert begun.exists() is False
 (folder.path / "ballast").unlink()
 folder.append_reading({"images_seen": 192})
 print(path.stat().st_size, [row["images_seen"] for row in folder.read_readings()])
@@ -307,7 +311,9 @@ print(sorted(path.name for path in folder.path.iterdir() if path.is_file()))
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """On a disk of one megabyte: sentences, the file before, and readings that go on cleanly."""
+    """On a disk of one megabyte: sentences, the file before, and readings that go on cleanly. The
+    run can be held, to clear away what a killed process filled the disk with.
+    """
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
     if shutil.which("unshare") is None:
         pytest.skip("needs unshare")
@@ -321,4 +327,4 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     *sentences, sizes, names = done.stdout.splitlines()
     assert len(sentences) == 2 and "state: cannot be written: No space" in sentences[0]
     assert "readings.jsonl: cannot be written: No space left on device; free some" in sentences[1]
-    assert sizes == "10000 [64, 192]" and names == "['readings.jsonl', 'state']"
+    assert sizes == "10000 [64, 192]" and names == "['.lock', 'readings.jsonl', 'state']"
