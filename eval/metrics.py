@@ -1,8 +1,13 @@
-"""Numbers from features: streaming means and covariances, and their Fréchet distance (FID).
+"""Numbers from features: Fréchet and kernel distance, precision and recall, Inception Score.
 
-Features come in batches and are never kept: count, mean and scatter matrix are, in float64,
-combined by the pairwise formula of Chan, Golub and LeVeque (1979), which is stable and lets ranks
-measure apart and merge. The distance is that of Heusel et al. (NeurIPS 2017, Eq. 6).
+    frechet_distance       streams: count, mean and scatter matrix stand for any number of images
+    ClassStatistics        streams: sums of class probabilities, a row for each split
+    kernel_distance        needs the features kept, of which it draws subsets
+    precision_and_recall   needs the features kept; of all their distances it holds a strip
+
+Kept features take 8 KB an image where there are 2048. Definitions are torch-fidelity's, down to
+its subsets and splits; where its functions work on features they are called. What streams is added
+up in float64 by formulas that let ranks measure apart and merge.
 """
 
 from __future__ import annotations
@@ -10,10 +15,15 @@ from __future__ import annotations
 import statistics as _statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from scipy import linalg
 from torch import Tensor
+
+_STRIP = 1000
+"""Images whose distances to all others are held at once: 200 MB for 50,000 others."""
 
 
 class Moments(Protocol):
@@ -82,18 +92,170 @@ class FeatureStatistics:
 def frechet_distance(first: Moments, second: Moments) -> float:
     """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID, where the features are Inception's.
 
-    S1 S2 has the eigenvalues of the symmetric S1^(1/2) S2 S1^(1/2), so the trace of its root is a
-    sum of real square roots and no general matrix root is needed (Heusel et al. 2017, Eq. 6).
+    (Heusel et al., NeurIPS 2017, Eq. 6.)
     """
     mean_1, covariance_1 = first.mean.cpu(), first.covariance.cpu()
     mean_2, covariance_2 = second.mean.cpu(), second.covariance.cpu()
     if mean_1.shape != mean_2.shape:
         raise ValueError(f"cannot compare {len(mean_1)} with {len(mean_2)} feature dimensions")
-    root = _symmetric_root(covariance_1)
-    product = _symmetric(root @ covariance_2 @ root)
-    overlap = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
+    overlap = _trace_of_root(covariance_1.numpy(), covariance_2.numpy())
     spread = covariance_1.trace() + covariance_2.trace() - 2 * overlap
     return float((mean_1 - mean_2).square().sum() + spread)
+
+
+def _trace_of_root(first: np.ndarray, second: np.ndarray) -> float:
+    """Return tr (S1 S2)^(1/2) of covariances [D, D].
+
+    With U^T U = S1, S1 S2 has the eigenvalues of the symmetric U S2 U^T, all real and none
+    negative. The Cholesky factor U [rank, D] is pivoted, so that S1 may be singular.
+    """
+    factor, order, rank, _ = linalg.lapack.dpstrf(first)
+    if rank == 0:
+        return 0.0
+    upper = np.triu(factor[:rank])
+    reordered = second[np.ix_(order - 1, order - 1)]
+    if rank == len(first):
+        product, _ = linalg.lapack.dsygst(
+            reordered, upper, itype=2
+        )  # half the work of two products
+    else:
+        product = upper @ reordered @ upper.T
+    values = linalg.eigvalsh(product, lower=False, driver="evd")
+    return float(np.sqrt(values.clip(min=0)).sum())
+
+
+class Spread(NamedTuple):
+    """A mean over subsets of the images, and the standard deviation (n in the denominator)."""
+
+    mean: float
+    std: float
+
+
+def kernel_distance(
+    generated: Tensor,
+    real: Tensor,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+) -> Spread:
+    """Return the squared maximum mean discrepancy (KID), unbiased, over random subsets.
+
+    Its kernel is (x . y / D + 1)^3 (Binkowski et al., ICLR 2018, Eq. 4). generated [N, D] and real
+    [M, D]; the subsets are torch-fidelity's of this seed. A value may be a little below 0.
+    """
+    from torch_fidelity import metric_kid
+
+    _check_pair(generated, real, least=subset_size)
+    found = metric_kid.kid_features_to_metric(
+        generated,
+        real,
+        kid_subsets=subsets,
+        kid_subset_size=subset_size,
+        rng_seed=seed,
+        verbose=False,
+    )
+    return Spread(found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD])
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares of images, 0 to 1."""
+
+    precision: float
+    """Of generated images that lie among the real ones."""
+    recall: float
+    """Of real images that lie among the generated ones."""
+
+
+def precision_and_recall(
+    generated: Tensor, real: Tensor, *, neighbours: int = 3
+) -> PrecisionRecall:
+    """Return improved precision and recall (Kynkaanniemi et al., NeurIPS 2019, Eq. 1 and 2).
+
+    An image lies among a set where it is no further from one of the set's images than that one's
+    `neighbours`-th nearest other. generated [N, D], real [M, D], on any device.
+    """
+    from torch_fidelity import metric_prc
+
+    _check_pair(generated, real, least=neighbours + 1)
+    return PrecisionRecall(
+        *metric_prc.calculate_precision_recall_part(generated, real, neighbours, _STRIP)
+    )
+
+
+def _check_pair(generated: Tensor, real: Tensor, *, least: int) -> None:
+    if generated.shape[1] != real.shape[1]:
+        raise ValueError(
+            f"cannot compare {generated.shape[1]} with {real.shape[1]} feature dimensions"
+        )
+    if min(len(generated), len(real)) < least:
+        raise ValueError(
+            f"at least {least} images of each kind are needed, got {len(generated)} generated and "
+            f"{len(real)} real"
+        )
+
+
+@dataclass
+class ClassStatistics:
+    """Sums over the class probabilities p of the images seen so far, a row for each split.
+
+    The Inception Score of a split, exp E KL(p || E p), is exp(E sum p ln p - sum q ln q) with
+    q = E p, so these sums are all that it needs (Salimans et al., NeurIPS 2016, Section 4).
+    """
+
+    split_of: Tensor
+    """[images] int64: the split of each image of the whole set."""
+    counts: Tensor
+    """[splits] float64: images seen."""
+    negentropy: Tensor
+    """[splits] float64: the sum of p ln p."""
+    probabilities: Tensor
+    """[splits, K] float64: the sum of p."""
+
+    @classmethod
+    def empty(
+        cls, classes: int, *, images: int, splits: int = 10, seed: int = 2020
+    ) -> ClassStatistics:
+        """Return the statistics of a set of which no image was seen yet.
+
+        Images are dealt to splits as torch-fidelity does: shuffled, then cut.
+        """
+        if images < splits:
+            raise ValueError(f"{splits} splits need at least {splits} images, got {images}")
+        ends = np.arange(1, splits + 1) * images // splits
+        split_of = np.empty(images, dtype=np.int64)
+        shuffled = np.random.RandomState(seed).permutation(images)
+        split_of[shuffled] = np.searchsorted(ends, np.arange(images), side="right")
+        zeros = torch.zeros(splits, classes, dtype=torch.float64)
+        return cls(torch.from_numpy(split_of), zeros[:, 0].clone(), zeros[:, 0].clone(), zeros)
+
+    def update(self, logits: Tensor, *, first: int) -> None:
+        """Add in place logits [N, K], those of the images `first` and following."""
+        logs = logits.detach().to("cpu", torch.float64).log_softmax(1)
+        splits = self.split_of[first : first + len(logs)]
+        self.counts.index_add_(0, splits, torch.ones(len(logs), dtype=torch.float64))
+        self.negentropy.index_add_(0, splits, (logs.exp() * logs).sum(1))
+        self.probabilities.index_add_(0, splits, logs.exp())
+
+    def merge(self, other: ClassStatistics) -> ClassStatistics:
+        """Return the statistics of two parts of one set together."""
+        return ClassStatistics(
+            self.split_of,
+            self.counts + other.counts,
+            self.negentropy + other.negentropy,
+            self.probabilities + other.probabilities,
+        )
+
+    @property
+    def score(self) -> Spread:
+        """Return the Inception Score, from 1 to the number of classes, over the splits."""
+        seen, total = int(self.counts.sum()), len(self.split_of)
+        if seen != total:
+            raise ValueError(f"{seen} images were seen of a set of {total}")
+        mean = self.probabilities / self.counts[:, None]
+        divergence = self.negentropy / self.counts + torch.special.entr(mean).sum(1)
+        scores = divergence.exp()
+        return Spread(float(scores.mean()), float(scores.std(correction=0)))
 
 
 @dataclass(frozen=True)
@@ -117,13 +279,3 @@ class MetricResult:
     def of(cls, values: Sequence[float]) -> MetricResult:
         """Return the result for one value a seed range."""
         return cls(tuple(float(value) for value in values))
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    """Return the positive semi-definite root; eigenvalues that rounding left below 0 count as 0."""
-    values, vectors = torch.linalg.eigh(_symmetric(matrix))
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (matrix + matrix.T) / 2

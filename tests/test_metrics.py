@@ -1,4 +1,4 @@
-"""Statistics and Fréchet distances: torch-fidelity's, and those of closed forms."""
+"""Distances, shares and scores of features: torch-fidelity's, and those of closed forms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ from torch_fidelity.metric_fid import (
     fid_features_to_statistics,
     fid_statistics_to_metric,
 )
+from torch_fidelity.metric_isc import (
+    KEY_METRIC_ISC_MEAN,
+    KEY_METRIC_ISC_STD,
+    isc_features_to_metric,
+)
 
-from eval.metrics import FeatureStatistics, MetricResult, frechet_distance
+from eval.metrics import (
+    ClassStatistics,
+    FeatureStatistics,
+    MetricResult,
+    PrecisionRecall,
+    frechet_distance,
+    kernel_distance,
+    precision_and_recall,
+)
 
 
 def _features(count: int, dimensions: int, seed: int, *, scale: float = 1.0) -> torch.Tensor:
@@ -94,3 +107,114 @@ def test_result_has_the_sample_standard_deviation() -> None:
     assert MetricResult.of([1, 2, 3]).mean == 2
     assert MetricResult.of([1, 2, 3]).std == 1
     assert MetricResult.of([4]).std == 0
+
+
+def test_distance_is_torch_fidelitys_to_eight_digits_where_it_is_regular() -> None:
+    """With more images than features nothing is lost to rounding: 1e-8 of the trace term."""
+    first, second = _features(900, 96, 6), _features(700, 96, 7, scale=1.1)
+    expected = fid_statistics_to_metric(
+        fid_features_to_statistics(first), fid_features_to_statistics(second), False
+    )[KEY_METRIC_FID]
+    found = frechet_distance(FeatureStatistics.of(first), FeatureStatistics.of(second))
+    assert found == pytest.approx(expected, rel=1e-8)
+
+
+def test_distance_does_not_depend_on_which_set_is_singular() -> None:
+    """The pivoted factor of a singular covariance gives what that of the regular one gives."""
+    singular, regular = _features(12, 40, 8), _features(300, 40, 9)
+    there = frechet_distance(FeatureStatistics.of(singular), FeatureStatistics.of(regular))
+    back = frechet_distance(FeatureStatistics.of(regular), FeatureStatistics.of(singular))
+    assert there == pytest.approx(back, rel=1e-7)
+
+
+def test_kernel_distance_is_the_unbiased_sum() -> None:
+    """With one subset of all images: mean k(x, x') + mean k(y, y') - 2 mean k(x, y), no i = j."""
+    first, second = _features(15, 4, 10) / 4, _features(15, 4, 11) / 4
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x @ y.T / 4 + 1) ** 3
+
+    def mean_of_others(matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix.sum() - matrix.trace()) / (15 * 14)
+
+    expected = mean_of_others(kernel(first, first)) + mean_of_others(kernel(second, second))
+    expected -= 2 * kernel(first, second).mean()
+    found = kernel_distance(first, second, subsets=1, subset_size=15)
+    assert found.mean == pytest.approx(float(expected), rel=1e-9)
+    assert found.std == 0
+
+
+def _two_clusters(count: int, seed: int) -> torch.Tensor:
+    centres = torch.tensor([[0.0, 0.0], [100.0, 0.0]])
+    noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
+    return centres[torch.arange(count) % 2] + noise
+
+
+def test_images_of_one_of_two_kinds_are_precise_and_recall_half() -> None:
+    """Images right among one cluster of two: precision 1, recall 1/2; and the other way round."""
+    real = _two_clusters(40, 1)
+    made = real[::2] + 1e-3
+    assert precision_and_recall(made, real) == PrecisionRecall(1.0, 0.5)
+    assert precision_and_recall(real, made) == PrecisionRecall(0.5, 1.0)
+
+
+def test_distances_are_held_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of 7 images give the same shares, and no matrix is larger than a strip."""
+    made, real = _two_clusters(50, 2), _two_clusters(40, 3) + 0.5
+    whole = precision_and_recall(made, real)
+    sizes = []
+    cat = torch.cat
+
+    def recorded(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        sizes.append(cat(parts, dim).numel())
+        return cat(parts, dim)
+
+    monkeypatch.setattr("eval.metrics._STRIP", 7)
+    monkeypatch.setattr(torch, "cat", recorded)
+    assert precision_and_recall(made, real) == whole
+    assert 0.2 < whole.precision < 1
+    assert max(sizes) == 7 * 50
+
+
+def test_too_few_images_for_distances_are_refused() -> None:
+    """A subset of 20 cannot be drawn from 19, and a third neighbour needs four images."""
+    with pytest.raises(ValueError, match=r"at least 20 images of each kind.*19 generated and 30"):
+        kernel_distance(torch.rand(19, 3), torch.rand(30, 3), subset_size=20)
+    with pytest.raises(ValueError, match=r"at least 4 images of each kind.*9 generated and 3 real"):
+        precision_and_recall(torch.rand(9, 3), torch.rand(3, 3))
+
+
+def _seen(logits: torch.Tensor, *, batch_size: int, first: int, images: int) -> ClassStatistics:
+    statistics = ClassStatistics.empty(logits.shape[1], images=images)
+    for start in range(0, len(logits), batch_size):
+        statistics.update(logits[start : start + batch_size], first=first + start)
+    return statistics
+
+
+def test_inception_score_streams_to_torch_fidelitys() -> None:
+    """Batches on two ranks, merged, give the score that torch-fidelity has from all logits."""
+    logits = 3 * torch.randn(173, 12, generator=torch.Generator().manual_seed(1))
+    expected = isc_features_to_metric(logits)
+    parts = (
+        _seen(logits[:100], batch_size=30, first=0, images=173),
+        _seen(logits[100:], batch_size=17, first=100, images=173),
+    )
+    found = parts[0].merge(parts[1]).score
+    assert found.mean == pytest.approx(expected[KEY_METRIC_ISC_MEAN], rel=1e-12)
+    assert found.std == pytest.approx(expected[KEY_METRIC_ISC_STD], rel=1e-9)
+
+
+def test_inception_score_of_certain_and_even_classes_is_their_number() -> None:
+    """Each image surely of one class, all classes as often: the score is how many there are."""
+    logits = 1000 * torch.eye(7).repeat(5, 1)
+    statistics = ClassStatistics.empty(7, images=35, splits=1)
+    statistics.update(logits, first=0)
+    assert statistics.score.mean == pytest.approx(7, rel=1e-12)
+
+
+def test_a_score_of_half_the_images_is_refused() -> None:
+    """Splits are those of the whole set: a part of it has no score."""
+    with pytest.raises(ValueError, match="20 images were seen of a set of 40"):
+        _ = _seen(torch.zeros(20, 3), batch_size=20, first=0, images=40).score
+    with pytest.raises(ValueError, match="at least 10 images, got 9"):
+        ClassStatistics.empty(3, images=9)
