@@ -67,9 +67,8 @@ def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> R
         score_lr=settings.score_lr,
         optimizer=settings.optimizer,
     )
-    newest = distributed.from_main(checkpoint.newest(folder), world)
+    newest = checkpoint.restore_newest(state, folder, world)
     if newest is not None:
-        checkpoint.restore(state, newest)
         _log.info("found %s: %d images seen", newest.name, state.images_seen)
     return Run(recipe, parts, folder, world, original, state)
 

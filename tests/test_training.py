@@ -435,15 +435,25 @@ def test_a_stop_in_the_last_round_is_the_end(folder: RunFolder) -> None:
 
 
 def test_checkpoints_are_written_when_due_and_at_the_end(folder: RunFolder) -> None:
-    """Every 24 images and after the last; those before the newest two go."""
-    kept = []
+    """Every 24 images and after the last; what `keep` does not name goes."""
+    run(folder, rounds=5, checkpoint_every_kimg=0.024, keep={"newest": 9})
+    names = [int(path.stem) for path in sorted(folder.checkpoints.iterdir())]
+    assert names == [24, 48, 60]
+
+
+def test_the_best_checkpoint_stays(folder: RunFolder) -> None:
+    """What was measured reaches the checkpoint of that moment: the lowest of it is kept."""
+    values = {12: 3.0, 24: 1.0, 36: 2.0, 48: 4.0, 60: 5.0}
     run(
         folder,
         rounds=5,
-        checkpoint_every_kimg=0.024,
-        stop_requested=lambda: bool(kept.append(checkpoint.images_saved(folder))),
+        checkpoint_every_kimg=0.012,
+        keep={"newest": 1, "best": "fid"},
+        measure=lambda state: {"fid": values[state.images_seen]},
+        measure_every_kimg=0.012,
     )
-    assert kept == [0, 0, 24, 24, 48] and checkpoint.images_saved(folder) == 60
+    names = [int(path.stem) for path in sorted(folder.checkpoints.iterdir())]
+    assert names == [24, 60]
 
 
 def test_a_run_that_is_done_does_nothing(folder: RunFolder) -> None:

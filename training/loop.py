@@ -73,6 +73,8 @@ class Config(Section):
     """Thousands of images between rows of readings.jsonl."""
     checkpoint_every_kimg: float = Field(default=500.0, ge=0)
     """Thousands of images between checkpoints; 0: only at the end or when stopped."""
+    keep: checkpoint.Keep = checkpoint.Keep()
+    """Which checkpoints stay when a new one is written."""
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> Config:
@@ -125,7 +127,10 @@ def train(
     )
     measuring = Every.kimg(measure_every_kimg)
     trained = _wrapped(state, world)
-    with Status(folder, world, images_seen=state.images_seen, total_images=total) as status:
+    with (
+        Status(folder, world, images_seen=state.images_seen, total_images=total) as status,
+        checkpoint.Writer(folder, config.keep) as writer,
+    ):
         while state.images_seen < total:
             before = state.images_seen
             for readings in play_round(state, objective, config, trained=trained, world=world):
@@ -134,11 +139,14 @@ def train(
             stop = _any(stop_requested(), world)
             if last or stop or showing.due(before, now):
                 status.row(now)
+            scores: Mapping[str, float] = {}
             if measure is not None and (last or measuring.due(before, now)):
-                status.measured(now, measure(state))
+                scores = measure(state)
+                status.measured(now, scores)
             if (last or stop or saving.due(before, now)) and world.is_main:
-                checkpoint.save(state, folder)
+                writer.save(state, scores=scores)
             if stop and not last:
+                writer.wait()
                 raise Interrupted
     return state
 
