@@ -1,23 +1,24 @@
-"""Feature extractors: images to vectors, whose means and covariances a Fréchet distance compares.
+"""Feature extractors: images to the vectors that metrics compare.
 
-    inception              Inception v3 with the original FID weights, 2048 features
-    inception:WEIGHTS.pth  the same from a local file
-    mnist32                the digit classifier of the embedded default, 64 features
-    NET.safetensors        any classifier of the family below
-    pixels                 the pixels themselves, for tutorials and tests: no network at all
+    inception         Inception v3 with the original FID weights, 2048 features: the usual one
+    vgg16             VGG16 of ImageNet, 4096 features, on which precision and recall are published
+    clip-vit-b-32     CLIP, 512 features; also vit-b-16, vit-l-14
+    dinov2-vit-b-14   DINOv2, 768 features; also vit-s-14, vit-l-14
+    NAME:FILE         any of these from a local file, here inception:WEIGHTS.pth
+    mnist32           the digit classifier of the embedded default, 64 features
+    NET.safetensors   any classifier of the family below
+    pixels            the pixels themselves, for tutorials and tests: no network at all
 
 Distances of different extractors have nothing to do with each other, so an extractor carries its
-name and hash everywhere. Inception itself is torch-fidelity's.
+name and hash everywhere. The published networks stand in _published.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from pydantic import Field
@@ -27,12 +28,9 @@ from core import weights
 from core.config import Section, validate
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
+from eval import _published
 
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"
-)
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_URL = _published.SOURCES["inception"].url
 _MNIST32 = Path(__file__).resolve().parents[1] / "assets" / "mnist32" / "features.safetensors"
 _MOST_PIXELS = 8192
 
@@ -48,6 +46,8 @@ class Extractor:
     device: torch.device
     function: Callable[[Tensor], Tensor]
     """uint8 [N, C, H, W] on the device -> [N, D]."""
+    head: Callable[[Tensor], Tensor] | None = None
+    """Features [N, D] on the device -> logits of classes [N, K]; None: it tells none apart."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -64,16 +64,28 @@ def load(name: str, device: torch.device | str = "cpu") -> Extractor:
     device = torch.device(device)
     if name == "pixels":
         return _pixels(device)
-    if name == "inception" or name.startswith("inception:"):
-        return _inception(name.partition(":")[2], device)
+    kind, _, file = name.partition(":")
+    if kind in _published.SOURCES:
+        return _of(_published.load(kind, file, device), device)
     if name == "mnist32":
         return _classifier(name, _MNIST32, device)
     if name.endswith(".safetensors"):
         return _classifier(Path(name).name, local_file(name), device)
     raise UserError(
-        f"no feature extractor {name!r}: expected inception, inception:WEIGHTS.pth, mnist32, "
-        "pixels, or the path of a classifier's .safetensors file"
+        f"no feature extractor {name!r}: expected {', '.join(_published.SOURCES)}, one of these "
+        "with its file as in inception:WEIGHTS.pth, mnist32, pixels, or the path of a classifier's "
+        ".safetensors file"
     )
+
+
+def weights_of(name: str) -> str | None:
+    """Return path or URL of an extractor's weights; None for one that this program carries."""
+    if name in ("mnist32", "pixels"):
+        return None
+    kind, _, file = name.partition(":")
+    if kind not in _published.SOURCES:
+        return name
+    return file or _published.SOURCES[kind].url
 
 
 class Config(Section):
@@ -167,7 +179,9 @@ def _classifier(name: str, path: Path, device: torch.device) -> Extractor:
             )
         return classifier.features(_to_unit_range(images))
 
-    return Extractor(name, sha256_of(path), config.feature_dim, device, function)
+    return Extractor(
+        name, sha256_of(path), config.feature_dim, device, function, head=classifier.head
+    )
 
 
 def _pixels(device: torch.device) -> Extractor:
@@ -185,42 +199,25 @@ def _pixels(device: torch.device) -> Extractor:
     )
 
 
-def _inception(path: str, device: torch.device) -> Extractor:
-    """Return torch-fidelity's Inception; without a path the published weights, downloaded once."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    file = local_file(path) if path else local_file(INCEPTION_URL, sha256=INCEPTION_SHA256)
-    weights_copy = _as_plain_tensors(file)
-    try:
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights_copy
-        ).to(device)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} does not hold the weights of Inception v3") from error
+def _of(published: _published.Published, device: torch.device) -> Extractor:
+    """Return the extractor of a published network, which sees one channel as three equal ones."""
 
     def function(images: Tensor) -> Tensor:
-        return network(images.expand(-1, 3, -1, -1).contiguous())[0]
+        if images.shape[1] not in (1, 3):
+            raise UserError(
+                f"the extractor {published.name} takes images of 1 or 3 channels, "
+                f"these have {images.shape[1]}"
+            )
+        return published.function(images.expand(-1, 3, -1, -1).contiguous())
 
-    sha256 = sha256_of(file)
-    name = "inception" if sha256 == INCEPTION_SHA256 else f"inception:{file.name}"
-    return Extractor(name, sha256, 2048, device, function)
-
-
-def _as_plain_tensors(path: Path) -> io.BytesIO:
-    """Return the weights written again by us.
-
-    torch-fidelity unpickles whatever file it is given, so it gets only this.
-    """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, UnpicklingError) as error:
-        raise UserError(
-            f"{path} is not a file of plain tensors, as Inception weights are"
-        ) from error
-    copy = io.BytesIO()
-    torch.save(tensors, copy)
-    copy.seek(0)
-    return copy
+    return Extractor(
+        published.name,
+        published.sha256,
+        published.dimensions,
+        device,
+        function,
+        head=published.head,
+    )
 
 
 def _to_unit_range(images: Tensor) -> Tensor:
