@@ -24,7 +24,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -194,11 +194,12 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
         parts = load_parts(recipe, world)
         if folder is None:
             folder = distributed.from_main(_new_folder(recipe, outdir, world), world)
-        run = open_run(recipe, parts, folder, world)
-        with _saying_what_is_saved(run):
-            if training:
-                train(run)
-            made = finish(run)
+        with folder.exclusive() if world.is_main else nullcontext():
+            run = open_run(recipe, parts, folder, world)
+            with _saying_what_is_saved(run):
+                if training:
+                    train(run)
+                made = finish(run)
         if world.is_main:
             click.echo(f"\n{wording.summary(made)}\n\nreport: {run.folder.report / 'report.html'}")
 

@@ -254,3 +254,16 @@ def weights(folder: Path) -> dict[str, Tensor]:
     student = generators.load(RunFolder(folder).student)
     assert isinstance(student, torch.nn.Module)
     return student.state_dict()
+
+
+def test_two_commands_do_not_write_one_run(tmp_path: Path) -> None:
+    """While one process holds a run, another is told by whom, and changes nothing in it."""
+    outcome = call("--gan", tiny_recipe(tmp_path), "--outdir", tmp_path / "runs")
+    assert outcome.code == 0, outcome.stderr
+    folder = RunFolder(tmp_path / "runs" / "00000-tiny")
+    before = contents(folder.path)
+    with folder.exclusive():
+        refused = call("--resume", folder.path)
+    assert refused.code == 2 and f"process {os.getpid()}" in refused.stderr
+    assert contents(folder.path) == before
+    assert call("--resume", folder.path).code == 0
