@@ -67,10 +67,8 @@ def load(name: str, device: torch.device | str = "cpu") -> Extractor:
     kind, _, file = name.partition(":")
     if kind in _published.SOURCES:
         return _of(_published.load(kind, file, device), device)
-    if name == "mnist32":
-        return _classifier(name, _MNIST32, device)
-    if name.endswith(".safetensors"):
-        return _classifier(Path(name).name, local_file(name), device)
+    if name == "mnist32" or name.endswith(".safetensors"):
+        return _classifier(Path(name).name, classifier_path(name), device)
     raise UserError(
         f"no feature extractor {name!r}: expected {', '.join(_published.SOURCES)}, one of these "
         "with its file as in inception:WEIGHTS.pth, mnist32, pixels, or the path of a classifier's "
@@ -142,6 +140,11 @@ def save_classifier(
         tensors=classifier.state_dict(),
         provenance=provenance,
     )
+
+
+def classifier_path(name: str) -> Path:
+    """Return the weights file of mnist32, or of a classifier given as a path or a URL."""
+    return _MNIST32 if name == "mnist32" else local_file(name)
 
 
 def read_classifier(path: str | Path) -> Classifier:

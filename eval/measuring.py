@@ -22,6 +22,7 @@ from core.config import Section
 from core.errors import UserError
 from eval.collecting import Collected, Collector, Head, Need
 from eval.metrics import Moments, frechet_distance, kernel_distance, precision_and_recall
+from eval.path_length import WALKS
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ _SHORT = {"is": ("inception_score",), "pr": ("precision", "recall")}
 _PUBLISHED_NAMES = re.compile(
     r"(?P<short>fid|kid|is|pr)(?P<thousands>[1-9]\d*)k(?P<k>3)?(?P<full>_full)?"
 )
-_PATH_NAMES = ("ppl2_wend", "ppl_zfull", "ppl_wfull", "ppl_zend", "ppl_wend")
+_PATH_NAMES = tuple(name for name in WALKS if name not in METRICS)
 _PATH_IMAGES = 50_000
 _FEW_REAL = 50_000
 """Real images at most behind a published name without _full."""
