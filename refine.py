@@ -18,12 +18,11 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torch is imported, Ctrl-C just ends
 
-import functools
 import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
@@ -31,6 +30,7 @@ from typing import cast
 import click
 
 from core import config, distributed
+from core.commands import one_sentence
 from core.distributed import World
 from core.downloads import cache_path
 from core.errors import UserError
@@ -54,27 +54,6 @@ _STUDENTS = {
 }
 SCHEMA = ROOT / "configs" / "recipe.schema.json"
 _log = logging.getLogger("refine")
-
-
-def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command, made to leave with one sentence and exit code 2 where it cannot go on."""
-
-    @functools.wraps(command)
-    def spoken(*args: object, **options: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            command(*args, **options)
-        except UserError as error:
-            sys.exit(_says(f"error: {error}"))
-        except KeyboardInterrupt as stop:
-            sys.exit(_says(str(stop) or "stopped before a run began"))
-
-    return spoken
-
-
-def _says(sentence: str) -> int:
-    click.echo(sentence, err=True)
-    return 2
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -108,7 +87,7 @@ def _says(sentence: str) -> int:
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would be loaded.")
 @click.option("--write-schema", is_flag=True, help="Write configs/recipe.schema.json, for editors.")
 @click.argument("arguments", nargs=-1, metavar="[RECIPE.yaml] [KEY.PATH=VALUE]...")
-@_one_sentence
+@one_sentence(stopped="stopped before a run began")
 def main(
     mode: str | None,
     resume: Path | None,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
 import click
 from tqdm import tqdm
 
+from core.commands import one_sentence
 from core.errors import UserError
 from data import prepare as preparation
 from data.prepare import Options, Size, Summary, listed
@@ -34,26 +34,6 @@ class _Resolution(click.ParamType):
         if not (width and height):
             self.fail(f"{value!r}: expected pixels such as 64, or width x height such as 64x48")
         return width, height
-
-
-def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command, made to leave with one sentence and exit code 2 where it cannot go on."""
-
-    @functools.wraps(command)
-    def spoken(*args: object, **options: object) -> None:
-        try:
-            command(*args, **options)
-        except UserError as error:
-            sys.exit(_says(f"error: {error}"))
-        except KeyboardInterrupt:
-            sys.exit(_says("stopped; nothing was written"))
-
-    return spoken
-
-
-def _says(sentence: str) -> int:
-    click.echo(sentence, err=True)
-    return 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -110,7 +90,7 @@ def main() -> None:
     "--skip-broken", is_flag=True, help="Leave out and list images that cannot be used, and go on."
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT.zip if it exists.")
-@_one_sentence
+@one_sentence(stopped="stopped; nothing was written")
 def prepare(
     source: Path,
     out: Path,
