@@ -26,8 +26,8 @@ from core._lock import Held, Lock
 from core.errors import UserError
 
 _REMEDIES = {
-    errno.ENOSPC: "free some space there, or write elsewhere",
-    errno.EDQUOT: "free some of your quota, or write elsewhere",
+    errno.ENOSPC: "free some space there, or write elsewhere with --outdir",
+    errno.EDQUOT: "free some of your quota, or write elsewhere with --outdir",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EIO: "the disk or the way to it fails: see to it, or write elsewhere with --outdir",
     errno.ESTALE: "the folder is gone from its server: mount it anew",
