@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -244,11 +245,17 @@ def collector(
 
 
 def measure(
-    requests: Sequence[Request], made: Collected, real: Real | None, *, config: Config
+    requests: Sequence[Request],
+    made: Collected,
+    real: Real | None,
+    *,
+    config: Config,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Return the value of each metric asked for, by its name in METRICS.
 
     made: of the generated images, all ranks together. real: may be None where nothing compares.
+    device: where the distances of precision and recall are computed.
     Path lengths are left out: no features tell them. Raises UserError as `check` does.
     """
     can_classify = made.classes is not None
@@ -260,12 +267,17 @@ def measure(
     if "inception_score" in wanted and made.classes is not None:
         found["inception_score"] = made.classes.score.mean
     if made.features is not None and real is not None and real.features is not None:
-        found |= _from_features(wanted, made.features, real.features, config)
+        found |= _from_features(wanted, made.features, real.features, config=config, device=device)
     return {metric: found[metric] for metric in METRICS if metric in wanted & found.keys()}
 
 
 def _from_features(
-    wanted: Collection[str], made: Tensor, real: Tensor, config: Config
+    wanted: Collection[str],
+    made: Tensor,
+    real: Tensor,
+    *,
+    config: Config,
+    device: torch.device | str,
 ) -> dict[str, float]:
     found: dict[str, float] = {}
     if "kid" in wanted:
@@ -277,5 +289,8 @@ def _from_features(
             seed=config.random_seed,
         ).mean
     if "precision" in wanted or "recall" in wanted:
-        found |= precision_and_recall(made, real, neighbours=config.neighbours)._asdict()
+        shares = precision_and_recall(
+            made.to(device), real.to(device), neighbours=config.neighbours
+        )
+        found |= shares._asdict()
     return found
