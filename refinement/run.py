@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -31,13 +30,12 @@ from eval.metrics import MetricResult, frechet_distance
 from refinement.adapter import Downsample
 from refinement.parts import Parts, found, size, with_teacher_samples
 from refinement.recipe import NetworkSection, Recipe
+from refinement.stopping import stop_signal
 from training import checkpoint, loop
 from training import state as training_state
 from training.state import TrainState
 
 _log = logging.getLogger(__name__)
-_ONE_REQUEST_SECONDS = 1.0
-"""Signals that come within this time ask for one thing."""
 
 
 @dataclass
@@ -86,7 +84,7 @@ def train(run: Run) -> None:
         return
     with _timed(run, "training"):
         _begin_curve(run)
-        with _stop_signal() as stop_requested:
+        with stop_signal() as stop_requested:
             loop.train(
                 run.state,
                 run.parts.objective,
@@ -321,24 +319,3 @@ def _timed(run: Run, part: str) -> Iterator[None]:
         yield
     finally:
         run.seconds[part] = round(time.monotonic() - started, 1)
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGINT or SIGTERM came; a second one raises at once.
-
-    Ctrl-C under torchrun arrives twice, from the terminal and from torchrun: that is one request.
-    """
-    came: list[float] = []
-
-    def note(*_: object) -> None:
-        came.append(time.monotonic())
-        if came[-1] - came[0] > _ONE_REQUEST_SECONDS:
-            raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
