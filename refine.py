@@ -39,6 +39,7 @@ from eval import features, wording
 from refinement.parts import SAMPLED, found, load_parts
 from refinement.recipe import Recipe, read_recipe
 from refinement.run import Run, finish, note_session, open_run, train
+from refinement.stopping import ending_at_once, leave, run_as_process
 from training import checkpoint, loop
 
 ROOT = Path(__file__).resolve().parent
@@ -117,6 +118,9 @@ def main(
     Each run has a folder of its own: the resolved recipe, readings, checkpoints, samples, the
     refined weights (student.safetensors) and the report. The shipped recipes in configs/ explain
     every setting.
+
+    Ctrl-C, SIGTERM and SIGUSR1 end a run after the round that it is in, saved, with exit code 75:
+    go on with --resume. A second Ctrl-C ends it at once. Other errors end with code 2.
     """
     if write_schema:
         _write_schema()
@@ -141,7 +145,12 @@ def main(
     if dry_run:
         click.echo(_plan(recipe))
         return
-    _work(recipe, folder, outdir=outdir, training=again is None)
+    try:
+        _work(recipe, folder, outdir=outdir, training=again is None)
+    except KeyboardInterrupt:
+        if folder is None or resume is None:
+            raise
+        leave(f"stopped; {_go_on(folder)}")
 
 
 def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
@@ -168,7 +177,7 @@ def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
 
 def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: bool) -> None:
     """Do a run, new (folder None) or begun, or only its report."""
-    with distributed.session(recipe.device) as world:
+    with ending_at_once(), distributed.session(recipe.device) as world:
         _set_up_logging(world)
         parts = load_parts(recipe, world)
         if folder is None:
@@ -191,29 +200,26 @@ def _saying_what_is_saved(run: Run) -> Iterator[None]:
     """
     try:
         yield
-    except (loop.Interrupted, KeyboardInterrupt) as stop:
-        _leave_unless_main(run)
+    except (loop.Interrupted, KeyboardInterrupt):
+        if not run.world.is_main:
+            leave()
         note_session(run)
-        raise KeyboardInterrupt(f"stopped; {_saved(run)}; {_go_on(run)}") from stop
+        leave(f"stopped; {_saved(run)}; {_go_on(run.folder)}")
     except loop.Diverged as error:
-        _leave_unless_main(run)
+        if not run.world.is_main:
+            sys.exit(2)
         how = f"see how good that is with: python refine.py --report {run.folder.path}"
         raise UserError(f"{error}\n{_saved(run)}; {how}") from error
     except UserError as error:
-        raise UserError(f"{error}\n{_saved(run)}; {_go_on(run)}") from error
-
-
-def _leave_unless_main(run: Run) -> None:
-    if not run.world.is_main:
-        sys.exit(2)
+        raise UserError(f"{error}\n{_saved(run)}; {_go_on(run.folder)}") from error
 
 
 def _saved(run: Run) -> str:
     return f"the state after {checkpoint.images_saved(run.folder)} images is saved"
 
 
-def _go_on(run: Run) -> str:
-    return f"go on with: python refine.py --resume {run.folder.path}"
+def _go_on(folder: RunFolder) -> str:
+    return f"go on with: python refine.py --resume {folder.path}"
 
 
 def _new_folder(recipe: Recipe, outdir: Path, world: World) -> RunFolder | None:
@@ -274,4 +280,4 @@ def _set_up_logging(world: World) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_process(main)

@@ -8,8 +8,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor
 import generators
 from core.run_folder import RunFolder
 from eval import features, samples
+from refinement import stopping
 from training import checkpoint
 
 SIGNALLED = """
@@ -40,6 +42,19 @@ refine.main(sys.argv[1:], prog_name="refine.py")
 
 It comes twice, as Ctrl-C does under torchrun: from the terminal and from torchrun.
 """
+
+TIMED = """
+import runpy, sys, time
+from training.status import Status
+file, row = sys.argv.pop(1), Status.row
+def row_with_its_time(self, images_seen):
+    row(self, images_seen)
+    with open(file, "a") as ends:
+        ends.write(f"{images_seen} {time.time()}\\n")
+Status.row = row_with_its_time
+runpy.run_path("refine.py", run_name="__main__")
+"""
+"""The command, which notes when each row of readings was written: at the end of each round."""
 
 
 class Stopped(NamedTuple):
@@ -112,10 +127,15 @@ def test_a_killed_run_is_reported_and_resumed_as_if_nothing_was(
     assert rows_of(folder) == rows_of(whole) + Counter({(32, "after"): 1})
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(recipe: Path, whole: RunFolder, tmp_path: Path) -> None:
-    """After SIGINT the round is ended and saved; --resume ends with the same bytes."""
-    process, folder = signalled(signal.SIGINT, recipe, tmp_path)
-    assert process.returncode == 2
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_go_on(
+    recipe: Path, whole: RunFolder, tmp_path: Path, number: int
+) -> None:
+    """After Ctrl-C, SIGTERM or Slurm's warning the round is ended and saved, the exit code says
+    "resume me", and --resume ends with the same bytes.
+    """
+    process, folder = signalled(number, recipe, tmp_path)
+    assert process.returncode == 75
     assert "Traceback" not in process.stderr
     assert "the state after 56 images is saved" in process.stderr
     assert f"python refine.py --resume {folder.path}" in process.stderr
@@ -148,9 +168,79 @@ def test_ctrl_c_before_training_is_no_traceback(
     outcome = call("--gan", recipe, "--outdir", tmp_path / "runs")
     monkeypatch.undo()
     folder = tmp_path / "runs" / "00000-tiny"
-    assert outcome.code == 2
+    assert outcome.code == (75 if begun else 2)
     assert "stopped" in outcome.stderr and "Traceback" not in outcome.stderr
     assert folder.exists() == begun == (f"--resume {folder}" in outcome.stderr)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_that_stops_a_resumed_run_while_it_loads_is_told_to_resume(
+    whole: RunFolder, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Where nothing is trained yet, any signal ends at once; the named run stays as it is."""
+    monkeypatch.setattr(features, "load", lambda *_, **__: os.kill(os.getpid(), number))
+    before = contents(whole.path)
+    outcome = call("--resume", whole.path)
+    assert outcome.code == 75 and f"--resume {whole.path}" in outcome.stderr
+    assert contents(whole.path) == before
+
+
+def test_only_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM after SIGUSR1 is the same request, at any time; Ctrl-C a second later is not."""
+    now = iter([0.0, 100.0, 100.5, 102.0])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(now))
+    before = signal.getsignal(signal.SIGTERM)
+    with stopping.stop_signal() as asked:
+        assert not asked()
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_under_load_is_saved_and_gone_soon_after_its_round(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """SIGTERM while a run trains, beside processes that keep every core busy: it is gone within
+    5 s of the end of the round that it met, and that round is saved.
+    """
+    settings = ["training.duration_kimg=1000", "training.checkpoint_every_kimg=0"]
+    settings += ["training.readings_every_kimg=0.008", "evaluation.every_kimg=0"]
+    arguments = ["--gan", str(recipe), *settings, "--outdir", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TIMED, str(tmp_path / "ends"), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ends = tmp_path / "ends"
+    burning: list[subprocess.Popen[bytes]] = []
+    try:
+        wait_for(lambda: ends.exists() and ends.read_text().count("\n") >= 10, process)
+        for _ in range(os.cpu_count() or 1):
+            burning.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        gone = time.time()
+    finally:
+        for each in (process, *burning):
+            each.kill()
+            each.wait()
+    assert process.returncode == 75, said
+    images_seen, ended = ends.read_text().split("\n")[-2].split()
+    assert int(images_seen) == checkpoint.images_saved(RunFolder(tmp_path / "00000-tiny"))
+    assert gone - float(ended) < 5
+
+
+def wait_for(come: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 100
+    while not come():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_run_stopped_before_training_goes_on(
