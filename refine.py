@@ -7,6 +7,7 @@
     python refine.py --teach configs/teach/small32.yaml objective.images=mine.zip   a teacher
     python refine.py --resume runs/00000-mnist32              go on where a run stopped
     python refine.py --report runs/00000-mnist32              make its report again
+    python refine.py --list                                   the runs, and how far each is
 
 This file reads the recipe, wires the parts and runs them; what they do stands in their folders.
 """
@@ -36,6 +37,7 @@ from core.downloads import cache_path
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
 from eval import features, wording
+from refinement.listing import table as listed_runs
 from refinement.parts import SAMPLED, found, load_parts
 from refinement.recipe import Recipe, read_recipe
 from refinement.run import Run, finish, note_session, open_run, train
@@ -79,6 +81,9 @@ _log = logging.getLogger("refine")
     help="Make a run's report again.",
 )
 @click.option(
+    "--list", "listing", is_flag=True, help="Show the runs, their state and how good they are."
+)
+@click.option(
     "--outdir",
     type=click.Path(path_type=Path),
     default=Path("runs"),
@@ -93,6 +98,7 @@ def main(
     mode: str | None,
     resume: Path | None,
     again: Path | None,
+    listing: bool,
     outdir: Path,
     dry_run: bool,
     write_schema: bool,
@@ -114,6 +120,8 @@ def main(
         the same on eight GPUs
     python refine.py --resume runs/00000-NAME
         goes on where a run was stopped
+    python refine.py --list
+        shows the runs, how far each is, and how good
 
     Each run has a folder of its own: the resolved recipe, readings, checkpoints, samples, the
     refined weights (student.safetensors) and the report. The shipped recipes in configs/ explain
@@ -124,6 +132,9 @@ def main(
     """
     if write_schema:
         _write_schema()
+        return
+    if listing:
+        click.echo(listed_runs(outdir))
         return
     chosen = [choice for choice in (mode, resume, again) if choice is not None]
     if len(chosen) != 1:

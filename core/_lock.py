@@ -62,6 +62,26 @@ class Lock:
         os.close(self._descriptor)
 
 
+def holder(path: Path) -> str | None:
+    """Return who holds a file, None where nobody does or where that cannot be known. Nothing is
+    written, and who only looks keeps nobody waiting.
+    """
+    try:
+        name = path.read_text(errors="replace").strip()
+    except OSError:
+        return None
+    if not name or sys.platform == "win32":  # who lets go of it takes the name off
+        return None
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return name
+        except OSError:
+            return None
+    return None
+
+
 def _try(descriptor: int) -> bool:
     """Return whether the file is locked now, or else cannot be. Raises BlockingIOError if held."""
     if sys.platform == "win32":

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from core import _lock
 from core._lock import Held, Lock
 from core.errors import UserError
 
@@ -135,6 +136,10 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def holder(self) -> str | None:
+        """Return which process holds the run; None where none does, as far as can be known."""
+        return _lock.holder(self.path / ".lock")
 
     def append_reading(self, reading: Mapping[str, object]) -> None:
         """Add one line to the readings. It has `images_seen`; a non-finite number is our bug."""
