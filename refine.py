@@ -40,7 +40,8 @@ from eval import features, wording
 from refinement.listing import table as listed_runs
 from refinement.parts import SAMPLED, found, load_parts
 from refinement.recipe import Recipe, read_recipe
-from refinement.run import Run, finish, note_session, open_run, train
+from refinement.run import finish, train
+from refinement.session import Run, note_session, open_run
 from refinement.stopping import ending_at_once, leave, run_as_process
 from training import checkpoint, loop
 

@@ -16,9 +16,21 @@ from html import escape
 from PIL import Image
 from torch import Tensor
 
+from eval.measuring import METRICS
 from eval.report import CurvePoint, Report
-from eval.samples import Pairs
-from eval.wording import facts, metric_title, rows, sets, verdict, warnings
+from eval.samples import Neighbours, Pairs
+from eval.wording import (
+    columns,
+    facts,
+    levels,
+    metric_title,
+    remarks,
+    rows,
+    sets,
+    shown_points,
+    verdict,
+    warnings,
+)
 
 _LARGEST = 256
 """Pixels of an image's longer side in the page; larger ones are shrunk."""
@@ -27,13 +39,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 96, 18, 40
 """Size and margins of the curve, in units of its drawing."""
 
 
-def page(report: Report, pairs: Pairs | None) -> str:
+def page(report: Report, pairs: Pairs | None, neighbours: Neighbours | None) -> str:
     """Return the page as HTML."""
     sections = [
         _headline(report),
         _notes(warnings(report)),
         _table(report),
         _pairs(pairs),
+        _remarks(report, neighbours),
         _curve(report),
         _facts(report),
         _recipe(report),
@@ -45,9 +58,9 @@ def page(report: Report, pairs: Pairs | None) -> str:
 
 def _headline(report: Report) -> str:
     """Return the first metric in large letters, and whether its change is more than chance."""
-    if not report.after:
+    if not report.metrics:
         return '<p class="verdict">Nothing was measured.</p>'
-    metric, before, after, change = rows(report)[0]
+    metric, before, after, change, _ = rows(report)[0]
     return (
         f'<section class="headline"><p class="metric">{escape(metric)}</p>'
         f'<p class="numbers"><span>{before}</span><span class="arrow">→</span>'
@@ -64,16 +77,20 @@ def _notes(sentences: list[str]) -> str:
 
 
 def _table(report: Report) -> str:
-    if not report.after:
+    if not report.metrics:
         return ""
+    titles = columns(report)
+    head = "".join(f"<th>{title}</th>" for title in titles)
     lines = "".join(
-        f"<tr><th>{escape(name)}</th><td>{before}</td><td>{after}</td><td>{change}</td></tr>"
-        for name, before, after, change in rows(report)
+        f"<tr><th>{escape(row.metric)}</th>"
+        + "".join(f"<td>{cell}</td>" for cell in row[1 : len(titles)])
+        + "</tr>"
+        for row in rows(report)
     )
     return (
-        "<section><h2>What was measured</h2><table><thead><tr><th>metric</th><th>before</th>"
-        f"<th>after</th><th>change</th></tr></thead><tbody>{lines}</tbody></table>"
-        f"<p>{escape(sets(report))}</p></section>"
+        f"<section><h2>What was measured</h2><div class=wide><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{lines}</tbody></table></div>"
+        f"<p>↓ lower is better, ↑ higher is better. {escape(sets(report))}</p></section>"
     )
 
 
@@ -104,6 +121,26 @@ def _pairs(pairs: Pairs | None) -> str:
     )
 
 
+def _remarks(report: Report, neighbours: Neighbours | None) -> str:
+    """Return what became of single images, with those that come nearest to real ones."""
+    parts = [
+        f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p></section>"
+        for title, text in remarks(report).items()
+    ]
+    if neighbours is not None:
+        figures = "".join(
+            f'<figure><div class="beside"><img src="{_data(generated)}" alt="generated">'
+            f'<img src="{_data(real)}" alt="real"></div>'
+            f"<figcaption>seed {seed}</figcaption></figure>"
+            for seed, generated, real in zip(*neighbours, strict=True)
+        )
+        parts.append(
+            f'<section><div class="pairs">{figures}</div><p>The images after that come nearest to '
+            "a real image: left generated, right the real one.</p></section>"
+        )
+    return "\n".join(parts)
+
+
 def _data(image: Tensor) -> str:
     """Return uint8 [C, H, W] as the address of a PNG that is in the page."""
     pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
@@ -116,25 +153,21 @@ def _data(image: Tensor) -> str:
 
 def _curve(report: Report) -> str:
     """Return the metric over images seen, with what it can be compared with as lines."""
-    points, count = report.curve.points, report.curve.images
+    points, curve = shown_points(report), report.curve
     if len(points) < 2:
         return ""
-    levels = {
-        "teacher": report.teacher_samples and report.teacher_samples.fid,
-        "real images": report.curve.floor_fid,
-    }
-    known = {name: value for name, value in levels.items() if value is not None}
-    metric = escape(metric_title("fid", report.extractor))
-    of = f" of {count:,} images" if count else ""
+    metric = escape(metric_title(curve.metric, report.extractor))
+    better = METRICS[curve.metric].better
+    of = f" of {curve.images:,} images" if curve.images else ""
     return (
-        f"<section><h2>{metric} while training</h2>{_drawing(points, known)}"
-        f"<p>{metric}{of}, over thousands of images seen; lower is better.</p></section>"
+        f"<section><h2>{metric} while training</h2>{_drawing(points, levels(report))}"
+        f"<p>{metric}{of}, over thousands of images seen; {better} is better.</p></section>"
     )
 
 
-def _drawing(points: tuple[CurvePoint, ...], levels: dict[str, float]) -> str:
+def _drawing(points: list[CurvePoint], lines: dict[str, float]) -> str:
     seen_ticks = _ticks(max(point.images_seen for point in points))
-    value_ticks = _ticks(max([point.fid for point in points] + list(levels.values())))
+    value_ticks = _ticks(max([point.value for point in points] + list(lines.values())))
     last, top = seen_ticks[-1], value_ticks[-1]
 
     def x(images_seen: float) -> float:
@@ -158,14 +191,14 @@ def _drawing(points: tuple[CurvePoint, ...], levels: dict[str, float]) -> str:
         f'<line class="level" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" '
         f'y2="{y(value):.1f}"/><text class="name" x="{_WIDTH - _RIGHT + 6}" y="{y(value) + 4:.1f}">'
         f"{escape(name)} {value:.3g}</text>"
-        for name, value in levels.items()
+        for name, value in lines.items()
     ]
-    path = " ".join(f"{x(seen):.1f},{y(fid):.1f}" for seen, fid in points)
+    path = " ".join(f"{x(seen):.1f},{y(value):.1f}" for seen, value in points)
     parts.append(f'<polyline points="{path}"/>')
     parts += [
-        f'<circle cx="{x(seen):.1f}" cy="{y(fid):.1f}" r="4"><title>{seen:,} images: {fid:.4g}'
+        f'<circle cx="{x(seen):.1f}" cy="{y(value):.1f}" r="4"><title>{seen:,} images: {value:.4g}'
         "</title></circle>"
-        for seen, fid in points
+        for seen, value in points
     ]
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
@@ -238,6 +271,9 @@ figcaption { font-size: .78rem; color: var(--quiet) }
   clip-path: inset(0 calc(100% - var(--cut)) 0 0) }
 .pair::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--cut); width: 1px;
   background: var(--blue) }
+.beside { display: flex; gap: 3px; line-height: 0 }
+.beside img { width: 50%; image-rendering: pixelated; border-radius: 4px }
+.wide { overflow-x: auto }
 .teacher { margin-top: 4px; display: block; outline: 2px solid var(--green); outline-offset: -2px }
 svg { width: 100%; height: auto }
 svg .grid { stroke: var(--line) } svg .level { stroke: var(--green); stroke-dasharray: 5 4 }

@@ -60,6 +60,16 @@ class Collected:
         return Collected(self.images + other.images, statistics, features, classes)
 
 
+def kept_indices(images: int, kept_images: int, random_seed: int) -> Tensor:
+    """Return which of so many images have their features kept, [n] int64 in ascending order."""
+    return _is_kept(images, kept_images, random_seed).nonzero().flatten()
+
+
+def _is_kept(images: int, kept_images: int, random_seed: int) -> Tensor:
+    order = np.random.RandomState(random_seed).permutation(images)
+    return torch.from_numpy(order < kept_images)  # [images]
+
+
 class Collector:
     """Takes the features of a set of images in batches and keeps what metrics need of them.
 
@@ -83,8 +93,7 @@ class Collector:
         self._wanted, self._head = frozenset(wanted), head
         self._images, self._next = images, first
         self._splits, self._random_seed = splits, random_seed
-        order = np.random.RandomState(random_seed).permutation(images)
-        self._is_kept = torch.from_numpy(order < kept_images)  # [images]
+        self._is_kept = _is_kept(images, kept_images, random_seed)
         self._parts: list[Tensor] = []
         self._found = Collected(0)
 

@@ -76,7 +76,7 @@ _FEW_REAL = 50_000
 
 
 class Config(Section):
-    """How KID, Inception Score, precision and recall are measured; the defaults are published."""
+    """What the metrics' names mean; the defaults are published."""
 
     kid_subsets: int = Field(default=100, ge=1)
     """Random subsets over which a KID is averaged."""
@@ -90,6 +90,10 @@ class Config(Section):
     """Images of each kind whose features are kept, at most, for KID, precision and recall."""
     random_seed: int = Field(default=2020, ge=0)
     """Seed of subsets and splits."""
+    path_distance: str | None = None
+    """What ppl measures images' distance by: lpips, mnist32 or a classifier's weights file; null:
+    the extractor, where it is such a classifier, else lpips.
+    """
 
 
 class Request(NamedTuple):
@@ -228,13 +232,15 @@ def collector(
     images: int,
     head: Head | None = None,
     first: int = 0,
+    also: Collection[Need] = (),
 ) -> Collector:
     """Return the collector of a set of images, or of a rank's part of it that begins at `first`.
 
-    images: of the whole set. head: the extractor's, where it has classes.
+    images: of the whole set. head: the extractor's, where it has classes. also: what is needed
+    besides what the metrics need.
     """
     return Collector(
-        needs(requests),
+        needs(requests) | frozenset(also),
         images=images,
         kept_images=config.kept_images,
         splits=config.score_splits,
@@ -267,23 +273,24 @@ def measure(
     if "inception_score" in wanted and made.classes is not None:
         found["inception_score"] = made.classes.score.mean
     if made.features is not None and real is not None and real.features is not None:
-        found |= _from_features(wanted, made.features, real.features, config=config, device=device)
+        found |= of_features(wanted, made.features, real.features, config=config, device=device)
     return {metric: found[metric] for metric in METRICS if metric in wanted & found.keys()}
 
 
-def _from_features(
+def of_features(
     wanted: Collection[str],
     made: Tensor,
     real: Tensor,
     *,
     config: Config,
-    device: torch.device | str,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
+    """Return those of the metrics that features [N, D] and [M, D] tell."""
     found: dict[str, float] = {}
     if "kid" in wanted:
         found["kid"] = kernel_distance(
-            made,
-            real,
+            made.to(device),
+            real.to(device),
             subsets=config.kid_subsets,
             subset_size=config.kid_subset_size,
             seed=config.random_seed,
@@ -292,5 +299,5 @@ def _from_features(
         shares = precision_and_recall(
             made.to(device), real.to(device), neighbours=config.neighbours
         )
-        found |= shares._asdict()
+        found |= {name: share for name, share in shares._asdict().items() if name in wanted}
     return found

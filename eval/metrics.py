@@ -6,8 +6,8 @@
     precision_and_recall   needs the features kept; of all their distances it holds a strip
 
 Kept features take 8 KB an image where there are 2048. Definitions are torch-fidelity's, down to
-its subsets and splits; where its functions work on features they are called. What streams is added
-up in float64 by formulas that let ranks measure apart and merge.
+its subsets and splits. What streams is added up in float64 by formulas that let ranks measure apart
+and merge.
 """
 
 from __future__ import annotations
@@ -142,20 +142,35 @@ def kernel_distance(
     """Return the squared maximum mean discrepancy (KID), unbiased, over random subsets.
 
     Its kernel is (x . y / D + 1)^3 (Binkowski et al., ICLR 2018, Eq. 4). generated [N, D] and real
-    [M, D]; the subsets are torch-fidelity's of this seed. A value may be a little below 0.
+    [M, D], on one device; the subsets are torch-fidelity's of this seed, the sums, of which almost
+    all cancels, are of float64. A value may be a little below 0.
     """
-    from torch_fidelity import metric_kid
-
     _check_pair(generated, real, least=subset_size)
-    found = metric_kid.kid_features_to_metric(
-        generated,
-        real,
-        kid_subsets=subsets,
-        kid_subset_size=subset_size,
-        rng_seed=seed,
-        verbose=False,
+    drawn = np.random.RandomState(seed)
+    found = np.empty(subsets)
+    for index in range(subsets):
+        first, second = (
+            features[torch.from_numpy(drawn.choice(len(features), subset_size, replace=False))]
+            for features in (generated, real)
+        )
+        found[index] = _squared_discrepancy(first.to(torch.float64), second.to(torch.float64))
+    return Spread(float(found.mean()), float(found.std()))
+
+
+def _squared_discrepancy(first: Tensor, second: Tensor) -> float:
+    """Return the unbiased estimate for two sets of n features [n, D]."""
+    count = len(first)
+    within = sum(
+        kernel.sum() - kernel.diagonal().sum()
+        for kernel in (_cubic_kernel(first, first), _cubic_kernel(second, second))
     )
-    return Spread(found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD])
+    between = _cubic_kernel(first, second).mean()
+    return float(within / (count * (count - 1)) - 2 * between)
+
+
+def _cubic_kernel(first: Tensor, second: Tensor) -> Tensor:
+    base = first @ second.T / first.shape[1] + 1
+    return base * base * base  # pow is many times slower
 
 
 class PrecisionRecall(NamedTuple):
@@ -175,12 +190,25 @@ def precision_and_recall(
     An image lies among a set where it is no further from one of the set's images than that one's
     `neighbours`-th nearest other. generated [N, D], real [M, D], on any device.
     """
-    from torch_fidelity import metric_prc
-
     _check_pair(generated, real, least=neighbours + 1)
-    return PrecisionRecall(
-        *metric_prc.calculate_precision_recall_part(generated, real, neighbours, _STRIP)
-    )
+    real_radii = _radii(real, neighbours)
+    generated_radii = _radii(generated, neighbours)
+    precise = torch.zeros(0, dtype=torch.bool, device=real.device)
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for images, radii in zip(generated.split(_STRIP), generated_radii.split(_STRIP), strict=True):
+        distances = torch.cdist(images, real)
+        precise = torch.cat([precise, (distances <= real_radii).any(1)])
+        recalled |= (distances <= radii[:, None]).any(0)
+    return PrecisionRecall(*(float(flags.double().mean()) for flags in (precise, recalled)))
+
+
+def _radii(features: Tensor, neighbours: int) -> Tensor:
+    """Return the distance [N] from each to its `neighbours`-th nearest other one."""
+    nearest = [
+        torch.cdist(strip, features).topk(neighbours + 1, largest=False).values
+        for strip in features.split(_STRIP)
+    ]
+    return torch.cat(nearest)[:, -1]  # the nearest of all is the image itself
 
 
 def _check_pair(generated: Tensor, real: Tensor, *, least: int) -> None:

@@ -7,16 +7,34 @@ from pathlib import Path
 
 from core.run_folder import atomic_write
 from eval import _page
+from eval.measuring import METRICS
 from eval.pictures import curve_picture, pairs_picture
 from eval.report import Report, to_json
-from eval.samples import Pairs
-from eval.wording import facts, headline, metric_title, rows, sets, warnings
+from eval.samples import Neighbours, Pairs
+from eval.wording import (
+    columns,
+    facts,
+    headline,
+    levels,
+    metric_title,
+    remarks,
+    rows,
+    sets,
+    shown_points,
+    warnings,
+)
 
 
-def write(folder: str | Path, report: Report, pairs: Pairs | None = None) -> Path:
+def write(
+    folder: str | Path,
+    report: Report,
+    pairs: Pairs | None = None,
+    neighbours: Neighbours | None = None,
+) -> Path:
     """Write report.json, report.md, report.html and the pictures; return the path of report.html.
 
     pairs: None leaves the pictures of an earlier report in report.md, and out of report.html.
+    neighbours: pictures of `report.nearness`, where the real images are at hand.
     """
     folder = Path(folder)
     if pairs is not None:
@@ -27,7 +45,7 @@ def write(folder: str | Path, report: Report, pairs: Pairs | None = None) -> Pat
     _write(folder / "report.json", text.encode())
     pictures = [name for name in ("report.png", "curve.png") if (folder / name).exists()]
     _write(folder / "report.md", markdown(report, pictures=pictures).encode())
-    _write(folder / "report.html", _page.page(report, pairs).encode())
+    _write(folder / "report.html", _page.page(report, pairs, neighbours).encode())
     return folder / "report.html"
 
 
@@ -35,11 +53,12 @@ def markdown(report: Report, *, pictures: list[str]) -> str:
     """Return report.md; pictures: file names beside it."""
     captions = {
         "report.png": "Pairs from the same latents, before above after",
-        "curve.png": "Distance to real images while training",
+        "curve.png": f"{METRICS[report.curve.metric].label} while training",
     }
     parts = [f"# {report.name}", f"**{headline(report)}**", _markdown_table(report)]
     parts += ["\n".join(f"> **Note.** {warning}  " for warning in warnings(report))]
     parts += [f"![{captions[name]}]({name})\n\n*{captions[name]}.*" for name in pictures]
+    parts += [f"**{title}.** {text}" for title, text in remarks(report).items()]
     parts += ["## What was measured", _markdown_facts(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -51,22 +70,22 @@ def _write(path: Path, content: bytes) -> None:
 
 def _curve_png(report: Report) -> bytes:
     curve = report.curve
-    metric = metric_title("fid", report.extractor)
+    metric = metric_title(curve.metric, report.extractor)
     return curve_picture(
-        curve.points,
+        shown_points(report),
         metric=metric,
         title=f"{metric} of {curve.images:,} images" if curve.images else metric,
-        levels={
-            "teacher": report.teacher_samples and report.teacher_samples.fid,
-            "real images": curve.floor_fid,
-        },
+        levels=levels(report),
     )
 
 
 def _markdown_table(report: Report) -> str:
-    lines = ["| metric | before | after | change |", "|---|---:|---:|---:|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows(report)]
-    return "\n".join(lines) + f"\n\n{sets(report)}" if report.after else ""
+    if not report.metrics:
+        return ""
+    titles = columns(report)
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    lines += [f"| {' | '.join(row[: len(titles)])} |" for row in rows(report)]
+    return "\n".join(lines) + f"\n\n{sets(report)}"
 
 
 def _markdown_facts(report: Report) -> str:

@@ -119,11 +119,7 @@ def perceptual_path_length(
     """
     if student.training:
         raise ValueError("the student must be in eval mode, so that its images are a function")
-    if walk.in_w and not (hasattr(student, "mapping") and hasattr(student, "synthesis")):
-        raise UserError(
-            "a path in W needs a student with a mapping network, and this one has none: measure a "
-            "path in Z, ppl_zend or ppl_zfull"
-        )
+    check(student, walk)
     share = shard(images, world)
     found = [torch.zeros(0, dtype=torch.float64, device=world.device)]
     for start in range(share.start, share.stop, batch_size):
@@ -136,6 +132,15 @@ def perceptual_path_length(
         index = int((~lengths.isfinite()).nonzero()[0])
         raise UserError(f"the images of seed {first_seed + index} have no finite distance")
     return _trimmed_mean(lengths.numpy())
+
+
+def check(student: nn.Module, walk: Walk) -> None:
+    """Raise UserError where the student has no W to walk in."""
+    if walk.in_w and not (hasattr(student, "mapping") and hasattr(student, "synthesis")):
+        raise UserError(
+            "a path in W needs a student with a mapping network, and this one has none: measure a "
+            "path in Z, ppl_zend or ppl_zfull"
+        )
 
 
 def _trimmed_mean(lengths: np.ndarray) -> float:

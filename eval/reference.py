@@ -25,8 +25,10 @@ from core.downloads import cache_path, local_file, sha256_of
 from core.errors import UserError
 from core.run_folder import atomic_write
 from data.images import Images
+from eval import measuring
+from eval.collecting import Collected, Collector
 from eval.features import Extractor
-from eval.metrics import FeatureStatistics
+from eval.metrics import frechet_distance
 
 _log = logging.getLogger(__name__)
 
@@ -51,13 +53,23 @@ class Reference:
     """Name of the extractor."""
     extractor_sha256: str | None
     """Hash of the extractor's weights; None where a published file does not say."""
+    halves_fid: float | None = None
+    """Fréchet distance of every other image to the rest: what chance leaves; None: not known."""
+    features: Tensor | None = None
+    """[M, D] float32 of some or all images, in their order; None where they were not kept."""
 
 
 def reference_statistics(
-    source: str | Path, extractor: Extractor, *, batch_size: int = 250, cache: Path | None = None
+    source: str | Path,
+    extractor: Extractor,
+    *,
+    keep: measuring.Config | None = None,
+    batch_size: int = 250,
+    cache: Path | None = None,
 ) -> Reference:
     """Return the reference of an image zip, image folder or .npz, given as a path or a URL.
 
+    keep: how many images' features are kept, and which; None keeps mean and covariance only.
     cache: folder of kept references, by default `references` in the project's cache folder.
     Raises UserError where the source cannot be read or does not fit the extractor.
     """
@@ -68,63 +80,81 @@ def reference_statistics(
     if len(images) < 2:
         raise UserError(f"{path} holds one image: reference statistics need at least 2")
     folder = cache_path("references").parent / "references" if cache is None else cache
-    kept = folder / f"{images.sha256[:24]}-{extractor.sha256[:24]}.npz"
-    if kept.exists():
-        return read_npz(kept, extractor)
-    reference = measure(images, extractor, batch_size=batch_size)
-    save_npz(kept, reference)
+    kept = "" if keep is None else f"-{keep.kept_images}-{keep.random_seed}"
+    path = folder / f"{images.sha256[:24]}-{extractor.sha256[:24]}{kept}.npz"
+    if path.exists():
+        return read_npz(path, extractor)
+    reference = measure(images, extractor, keep=keep, batch_size=batch_size)
+    save_npz(path, reference)
     return reference
 
 
-def measure(images: Images, extractor: Extractor, *, batch_size: int = 250) -> Reference:
-    """Return the reference of an image set, from the features of all its images."""
+def measure(
+    images: Images,
+    extractor: Extractor,
+    *,
+    keep: measuring.Config | None = None,
+    batch_size: int = 250,
+) -> Reference:
+    """Return the reference of an image set, from the features of all its images; keep: as above."""
     _log.info("reading %d reference images of %s", len(images), images.path)
-    statistics: FeatureStatistics | None = None
+    even, odd = (Collector({"moments"}, images=len(images)) for _ in range(2))
+    whole = Collector(
+        frozenset() if keep is None else {"features"},
+        images=len(images),
+        kept_images=0 if keep is None else keep.kept_images,
+        random_seed=0 if keep is None else keep.random_seed,
+    )
     for batch in DataLoader(images, batch_size=batch_size):
         features = extractor(batch)
-        if statistics is None:
-            statistics = FeatureStatistics.of(features)
-        else:
-            statistics.update(features)
-    assert statistics is not None
+        first = whole.collected.images
+        whole.add(features)
+        for half, start in ((even, first % 2), (odd, 1 - first % 2)):
+            if len(features) > start:
+                half.add(features[start::2])
+    halves = even.collected, odd.collected
+    both = halves[0].merge(halves[1])
     return Reference(
-        mean=statistics.mean.cpu(),
-        covariance=statistics.covariance.cpu(),
+        mean=both.mean.cpu(),
+        covariance=both.covariance.cpu(),
         source=images.path.name,
         sha256=images.sha256,
         images=len(images),
         image_shape=images.image_shape,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
+        halves_fid=frechet_distance(*halves) if len(images) >= 4 else None,
+        features=whole.collected.features,
     )
 
 
 def of_samples(
-    made: FeatureStatistics,
-    *,
-    source: str,
-    extractor: Extractor,
-    shape: tuple[int, int, int],
+    made: Collected, *, source: str, extractor: Extractor, shape: tuple[int, int, int]
 ) -> Reference:
-    """Return generated images' statistics as a reference; there are no files that have a hash."""
+    """Return what was collected of generated images as a reference; no file of them has a hash."""
     return Reference(
         mean=made.mean.cpu(),
         covariance=made.covariance.cpu(),
         source=source,
         sha256="",
-        images=made.count,
+        images=made.images,
         image_shape=shape,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
+        features=made.features,
     )
 
 
 def save_npz(path: str | Path, reference: Reference) -> None:
-    """Write a reference: mu and sigma under their usual names, all else as JSON under `meta`."""
+    """Write a reference: mu and sigma under their usual names, features where they were kept, all
+    else as JSON under `meta`.
+    """
     meta = {name: getattr(reference, name) for name in _Meta.model_fields}
-    moments = {"mu": reference.mean.numpy(), "sigma": reference.covariance.numpy()}
+    arrays = {"mu": reference.mean.numpy(), "sigma": reference.covariance.numpy()}
+    if reference.features is not None:
+        arrays["features"] = reference.features.numpy()
     with atomic_write(Path(path)) as partial:
-        np.savez_compressed(partial, **moments, meta=np.array(json.dumps(meta)))
+        np.savez_compressed(partial, **arrays, meta=np.array(json.dumps(meta)))
 
 
 def read_npz(path: str | Path, extractor: Extractor) -> Reference:
@@ -142,11 +172,12 @@ def read_npz(path: str | Path, extractor: Extractor) -> Reference:
             f"{path} holds {len(mean)} features an image, "
             f"but the extractor {extractor.name} gives {extractor.dimensions}"
         )
-    return Reference(mean, covariance, **meta.model_dump())
+    kept = _features(path, arrays, dimensions=len(mean))
+    return Reference(mean, covariance, **meta.model_dump(), features=kept)
 
 
 class _Meta(BaseModel):
-    """The fields of `Reference` beside the moments, as they stand in a file."""
+    """The fields of `Reference` beside its arrays, as they stand in a file."""
 
     source: str
     sha256: str
@@ -154,14 +185,14 @@ class _Meta(BaseModel):
     image_shape: tuple[int, int, int] | None
     extractor: str
     extractor_sha256: str | None
+    halves_fid: float | None = None
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {
-                name: archive[name] for name in archive.files if name in {"mu", "sigma", "meta"}
-            }
+            wanted = {"mu", "sigma", "features", "meta"}
+            return {name: archive[name] for name in archive.files if name in wanted}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is not a readable .npz of reference statistics: {error}"
@@ -183,6 +214,18 @@ def _moments(path: Path, arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]
     return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(
         covariance.astype(np.float64)
     )
+
+
+def _features(path: Path, arrays: dict[str, np.ndarray], *, dimensions: int) -> Tensor | None:
+    """Return the kept features [M, D] in float32, if any."""
+    if "features" not in arrays:
+        return None
+    found = arrays["features"]
+    if found.ndim != 2 or found.shape[1] != dimensions or not np.isfinite(found).all():
+        raise UserError(
+            f"{path}: features has shape {found.shape}; expected finite numbers [M, {dimensions}]"
+        )
+    return torch.from_numpy(found.astype(np.float32))
 
 
 def _read_meta(path: Path, array: np.ndarray) -> _Meta:

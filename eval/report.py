@@ -23,10 +23,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from core.errors import UserError
 from eval.features import Extractor
+from eval.likeness import Drift, Nearness
+from eval.measuring import METRICS
 from eval.metrics import MetricResult
 from eval.reference import Reference
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -89,7 +91,8 @@ class Environment:
 class SampleScore:
     """How far images that no student made are from the reference."""
 
-    fid: float
+    metrics: Mapping[str, float]
+    """Metric -> value, such as fid."""
     images: int | None
     """Of how many; None where their file does not say."""
 
@@ -98,18 +101,17 @@ class CurvePoint(NamedTuple):
     """One measurement while training."""
 
     images_seen: int
-    fid: float
+    value: float
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The Fréchet distance over images seen, and lines to compare it with."""
+    """A metric over images seen."""
 
+    metric: str = "fid"
     points: tuple[CurvePoint, ...] = ()
     images: int | None = None
     """Generated images of each point."""
-    floor_fid: float | None = None
-    """Of real images against other real images, where known."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Report:
 
     name: str
     before: Mapping[str, MetricResult]
-    """Metric name -> result, such as fid."""
+    """Metric -> result, such as fid; the names are those of measuring.METRICS."""
     after: Mapping[str, MetricResult]
     """The same metrics on the same seeds."""
     images: int
@@ -143,6 +145,16 @@ class Report:
     curve: Curve = field(default_factory=Curve)
     teacher_samples: SampleScore | None = None
     """Of the teacher's own samples, where they were measured."""
+    real_halves: SampleScore | None = None
+    """Of one half of the real images against the other, where that is known."""
+    drift: Drift | None = None
+    """How far images moved from before to after."""
+    nearness: Nearness | None = None
+    """How near images after come to real ones."""
+    sampler: str | None = None
+    """How the teacher's own samples are made, in words."""
+    notes: tuple[str, ...] = ()
+    """What happened while training that a reader must know, a sentence each."""
     teacher_sees: str | None = None
     """Size of the images that the teacher saw, where the student's are others."""
     pair_seeds: tuple[int, ...] = ()
@@ -151,6 +163,11 @@ class Report:
     """The resolved recipe."""
     truncation: float = 1.0
     noise_mode: str = "const"
+
+    @property
+    def metrics(self) -> list[str]:
+        """Return the metrics that were measured both before and after, the headline first."""
+        return [metric for metric in self.after if metric in self.before]
 
     @property
     def seeds(self) -> list[tuple[int, int]]:
@@ -164,6 +181,7 @@ def to_json(report: Report) -> dict[str, object]:
     """Return the report as plain JSON data."""
     document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(report)}
     document["seeds"] = [list(seeds) for seeds in report.seeds]
+    document["metrics"] = {name: _about(name) for name in {**report.before, **report.after}}
     document["curve"]["points"] = [list(point) for point in report.curve.points]
     for when in ("before", "after"):
         document[when] = {
@@ -171,6 +189,12 @@ def to_json(report: Report) -> dict[str, object]:
             for name, result in getattr(report, when).items()
         }
     return document
+
+
+def _about(metric: str) -> dict[str, str]:
+    """Return what a program needs to know of a metric."""
+    about = METRICS[metric]
+    return {"title": about.title, "better": about.better}
 
 
 def read(path: str | Path) -> Report:
@@ -182,7 +206,7 @@ def read(path: str | Path) -> Report:
             raise UserError(
                 f"{path} has schema version {version}; this program reads {SCHEMA_VERSION}"
             )
-        del document["seeds"]
+        del document["seeds"], document["metrics"]
         for when in ("before", "after"):
             for result in document[when].values():
                 del result["mean"], result["std"]

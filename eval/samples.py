@@ -13,39 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from core.config import Section
-from core.distributed import World, gather_rows, shard
 from core.errors import UserError
-from eval.features import Extractor
-from eval.metrics import FeatureStatistics, MetricResult, Moments, frechet_distance
-
-
-class Config(Section):
-    """The `evaluation` section of a recipe."""
-
-    reference: str | None = None
-    """Real images (zip, folder) or statistics (.npz), path or URL; "teacher": the teacher's own
-    samples; null: nothing is measured.
-    """
-    teacher: str | None = None
-    """The teacher's own samples, for the report: "sample", or their statistics (.npz); null: no."""
-    extractor: str = "inception"
-    """What features the FID compares: inception, mnist32, pixels or a classifier's weights file."""
-    images: int = Field(default=50_000, ge=2)
-    """Generated images a measurement, before and after."""
-    seeds: int = Field(default=1, ge=1)
-    """Measurements before and after, each on images of its own: they give mean and spread."""
-    batch_size: int = Field(default=250, ge=1)
-    """Images generated at a time."""
-    every_kimg: float = Field(default=0.0, ge=0)
-    """Thousands of images between measurements while training; 0 measures only before and after."""
-    images_while_training: int = Field(default=5_000, ge=2)
-    """Generated images of a measurement while training."""
-    pairs: int = Field(default=16, ge=1)
-    """Pairs of images, before and after from one latent, in the report's picture."""
 
 
 class Inputs(NamedTuple):
@@ -87,7 +57,7 @@ def images_of_seeds(
     network: nn.Module, sampler: Sampler | None = None, *, device: torch.device | str
 ) -> ImagesOf:
     """Return a function from seeds to a network's images; eval mode, no gradients, and every
-    module's mode is as before.
+    module's mode is as before. The function raises UserError where an image is not finite.
 
     sampler: how a denoiser is sampled, whose latents have the shape of its images; None: the
     network makes images in one pass.
@@ -96,10 +66,13 @@ def images_of_seeds(
     def images_of(seeds: Sequence[int]) -> Tensor:
         latents, labels = inputs_of(network, seeds)
         latents, labels = latents.to(device), None if labels is None else labels.to(device)
-        with _evaluating(network):
+        with evaluating(network):
             if sampler is None:
-                return to_uint8(network(latents, labels))
-            return to_uint8(sampler(network, latents, labels, partial(_noise, seeds, like=latents)))
+                made = network(latents, labels)
+            else:
+                made = sampler(network, latents, labels, partial(_noise, seeds, like=latents))
+        _check_finite(made, seeds)
+        return to_uint8(made)
 
     return images_of
 
@@ -107,70 +80,28 @@ def images_of_seeds(
 def _noise(seeds: Sequence[int], step: int, *, like: Tensor) -> Tensor:
     """Return what a sampler adds at a step: the first unit normals of RandomState([seed, step])."""
     shape = like.shape[1:]
-    rows = [np.random.RandomState([seed, step]).standard_normal(shape) for seed in seeds]
-    return torch.from_numpy(np.stack(rows).astype(np.float32)).to(like.device)
+    noise = np.empty((len(seeds), *shape), dtype=np.float32)
+    stream = np.random.RandomState(0)
+    for row, seed in enumerate(seeds):
+        stream.seed([seed, step])
+        noise[row] = stream.standard_normal(shape)
+    return torch.from_numpy(noise).to(like.device)
+
+
+def _check_finite(images: Tensor, seeds: Sequence[int]) -> None:
+    finite = images.flatten(1).isfinite().all(1)
+    if not finite.all():
+        bad = [seed for seed, good in zip(seeds, finite.tolist(), strict=True) if not good]
+        raise UserError(
+            f"the image of seed {bad[0]} is not finite, nor are those of {len(bad) - 1} more of "
+            f"{len(seeds)} seeds: the network that made it has diverged"
+        )
 
 
 def inputs_of(network: nn.Module, seeds: Sequence[int]) -> Inputs:
     """Return what a student, or the sampler of a denoiser, is fed for these seeds."""
     shape = getattr(network, "latent_shape", network.image_shape)
     return latents_and_labels(seeds, latent_shape=shape, num_classes=network.num_classes)
-
-
-def generated_statistics(
-    images_of: ImagesOf,
-    seeds: Sequence[int],
-    extractor: Extractor,
-    *,
-    batch_size: int,
-    world: World | None = None,
-) -> FeatureStatistics:
-    """Return the statistics, on the CPU, of these seeds' images, the work shared by all ranks.
-
-    images_of: seeds -> uint8 [n, C, H, W], from a student or anything else. Every rank gets the
-    same result; the number of ranks and the batch size change it by rounding only.
-    """
-    world = world or World(rank=0, size=1, local_rank=0, device=extractor.device)
-    if len(seeds) < world.size:
-        raise UserError(f"{len(seeds)} images are fewer than {world.size} ranks: measure on more")
-    share = shard(len(seeds), world)
-    statistics: FeatureStatistics | None = None
-    for batch in _batches(seeds[share.start : share.stop], batch_size):
-        features = extractor(images_of(batch))
-        if statistics is None:
-            statistics = FeatureStatistics.of(features)
-        else:
-            statistics.update(features)
-    assert statistics is not None
-    return _merged_over_ranks(statistics, world)
-
-
-def fid_over_seeds(
-    images_of: ImagesOf,
-    extractor: Extractor,
-    reference: Moments,
-    *,
-    images: int,
-    seeds: int = 3,
-    batch_size: int = 250,
-    first_seed: int = 0,
-    world: World | None = None,
-) -> MetricResult:
-    """Return the images' Fréchet distance to the reference, on `seeds` disjoint sets of them.
-
-    Set k holds the images of seeds first_seed + k * images and following.
-    """
-    distances = []
-    for start in range(first_seed, first_seed + seeds * images, images):
-        statistics = generated_statistics(
-            images_of,
-            range(start, start + images),
-            extractor,
-            batch_size=batch_size,
-            world=world,
-        )
-        distances.append(frechet_distance(statistics, reference))
-    return MetricResult.of(distances)
 
 
 class Pairs(NamedTuple):
@@ -185,6 +116,16 @@ class Pairs(NamedTuple):
     """Class of each pair, None where there are no classes."""
     teacher: Tensor | None = None
     """The teacher's own samples, [N, C, H, W] uint8, where it starts from the same latents."""
+
+
+class Neighbours(NamedTuple):
+    """Images that come nearest to real ones."""
+
+    seeds: tuple[int, ...]
+    generated: Tensor
+    """[N, C, H, W] uint8, on the CPU."""
+    real: Tensor
+    """[N, C, H, W] uint8: of each the nearest real image."""
 
 
 def pairs(
@@ -226,26 +167,8 @@ def pair_seeds(network: nn.Module, count: int, *, first_seed: int = 0) -> list[i
     return [found[label].pop(0) for label in wanted]
 
 
-def _batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(seeds), batch_size):
-        yield seeds[start : start + batch_size]
-
-
-def _merged_over_ranks(statistics: FeatureStatistics, world: World) -> FeatureStatistics:
-    """Return the statistics of all ranks together, merged in the order of ranks, on the CPU."""
-    dimensions = len(statistics.mean)
-    count = statistics.mean.new_tensor([statistics.count])
-    row = torch.cat([count, statistics.mean, statistics.scatter.flatten()])
-    merged = FeatureStatistics.empty(dimensions)
-    for other in gather_rows(row[None].to(world.device), world).cpu():
-        count, mean, scatter = other.split([1, dimensions, dimensions**2])
-        part = FeatureStatistics(int(count), mean, scatter.view(dimensions, dimensions))
-        merged = merged.merge(part)
-    return merged
-
-
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Run the body without gradients, in eval mode; then restore each module's mode."""
     training = [module for module in network.modules() if module.training]
     network.eval()

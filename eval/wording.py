@@ -2,43 +2,86 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from eval.measuring import METRICS
 from eval.metrics import MetricResult
-from eval.report import ExtractorName, File, Report
+from eval.report import CurvePoint, ExtractorName, File, Report, SampleScore
+
+_ARROWS = {"lower": "↓", "higher": "↑"}
+_FEW_IMAGES = 10_000
+"""Fewer make a Fréchet distance that is compared with nothing else."""
+
+
+class Row(NamedTuple):
+    """One metric in a table, as text."""
+
+    metric: str
+    before: str
+    after: str
+    change: str
+    teacher: str
+    """Of the teacher's own samples; empty where that is not known."""
+
+
+def rows(report: Report) -> list[Row]:
+    """Return a line for each metric."""
+    teacher = report.teacher_samples.metrics if report.teacher_samples else {}
+    return [
+        Row(
+            metric_title(name, report.extractor)
+            + _unit(name)
+            + f" {_ARROWS[METRICS[name].better]}",
+            shown(name, report.before[name]),
+            shown(name, report.after[name]),
+            change(report.before[name], report.after[name]),
+            number(name, teacher[name]) if name in teacher else "",
+        )
+        for name in report.metrics
+    ]
+
+
+def columns(report: Report) -> tuple[str, ...]:
+    """Return the titles of a table of rows; the teacher's column only where there is one."""
+    titles = ("metric", "before", "after", "change")
+    return (*titles, "teacher") if report.teacher_samples else titles
 
 
 def headline(report: Report) -> str:
-    """Return the result in one line, such as "FID 24.1 ± 0.2 → 15.3 ± 0.1 (-36 %)"."""
-    lines = [
-        f"{metric_title(name, report.extractor)} {_shown(report.before[name])} → "
-        f"{_shown(after)} ({_change(report.before[name], after)})"
-        for name, after in report.after.items()
-    ]
-    return "; ".join(lines) or "nothing was measured"
+    """Return the first metric in a line, such as "FID 24.1 ± 0.2 → 15.3 ± 0.1 (-36 %)"."""
+    if not report.metrics:
+        return "nothing was measured"
+    name = report.metrics[0]
+    before, after = report.before[name], report.after[name]
+    return (
+        f"{metric_title(name, report.extractor)} {shown(name, before)} → {shown(name, after)} "
+        f"({change(before, after)})"
+    )
 
 
 def summary(report: Report) -> str:
     """Return a small before/after table for the terminal."""
-    table = [("", "before", "after", "change"), *rows(report)]
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
+    titles = columns(report)
+    table = [("", *titles[1:]), *(row[: len(titles)] for row in rows(report))]
+    widths = [max(len(row[column]) for row in table) for column in range(len(titles))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]).rstrip()
         for row in table
     ]
-    teacher = [f"the teacher's own samples: {_score(report)}"] if report.teacher_samples else []
-    return "\n".join([*lines, *teacher, *(f"! {warning}" for warning in warnings(report))])
+    return "\n".join([*lines, *(f"! {warning}" for warning in warnings(report))])
 
 
 def verdict(report: Report) -> str:
     """Return whether the first metric changed by more than chance, in a sentence."""
-    name, after = next(iter(report.after.items()))
-    before = report.before[name]
+    name = report.metrics[0]
+    before, after = report.before[name], report.after[name]
     if len(after.values) < 2:
         return "One set of images: whether the change is more than chance is not known."
     spread, moved = before.std + after.std, abs(after.mean - before.mean)
     than = "more" if moved > spread else "no more"
     return (
-        f"A change of {_number(moved)}, {than} than the spread between sets of images "
-        f"({_number(spread)})."
+        f"A change of {number(name, moved)}, {than} than the spread between sets of images "
+        f"({number(name, spread)})."
     )
 
 
@@ -53,30 +96,68 @@ def sets(report: Report) -> str:
     )
 
 
+def levels(report: Report) -> dict[str, float]:
+    """Return what the curve can be compared with, by name, as shown."""
+    scores = {"teacher": report.teacher_samples, "real images": report.real_halves}
+    metric = report.curve.metric
+    return {
+        name: score.metrics[metric] * METRICS[metric].times
+        for name, score in scores.items()
+        if score is not None and metric in score.metrics
+    }
+
+
+def shown_points(report: Report) -> list[CurvePoint]:
+    """Return the curve's points with their values as shown."""
+    times = METRICS[report.curve.metric].times
+    return [CurvePoint(seen, value * times) for seen, value in report.curve.points]
+
+
+def remarks(report: Report) -> dict[str, str]:
+    """Return what became of single images, a title and some words each."""
+    found = {"What stayed": _kept(report), "Copies": _copies(report)}
+    return {title: text for title, text in found.items() if text}
+
+
+def _kept(report: Report) -> str:
+    """Return what became of the images of single latents, in a sentence or two."""
+    drift = report.drift
+    if drift is None:
+        return ""
+    return (
+        f"From the same latent, an image moved by {drift.moved / drift.apart:.0%} of the distance "
+        f"between two latents' images (mean over {drift.images:,} latents, in feature space). "
+        f"{drift.recognised:.0%} of the images after are still nearer to their own image before "
+        "than to any other latent's."
+    ).replace("%", " %")
+
+
+def _copies(report: Report) -> str:
+    """Return whether generated images are copies of real ones, in a sentence or two."""
+    near = report.nearness
+    if near is None:
+        return ""
+    times = near.generated_distance / near.real_distance if near.real_distance else float("inf")
+    return (
+        f"Of {near.images:,} images after, {near.suspicious:.1%} are as near to a real image as "
+        "only the nearest 1% of real images are to another real one: about 1% where nothing is "
+        f"copied. Half of them have one of {near.real_images:,} real images within {times:.2f} "
+        "times the median distance from a real image to the nearest other one."
+    ).replace("%", " %")
+
+
 def warnings(report: Report) -> list[str]:
     """Return what a reader must know before believing the numbers, one sentence each."""
-    found = []
+    found = list(report.notes)
     if report.extractor is None:
         found.append("The recipe names no reference (evaluation.reference): nothing was measured.")
-    elif report.extractor.name != "inception":
-        found.append(
-            f"Distances are between features of `{report.extractor.name}`, not Inception: "
-            "not comparable with published (Inception) FIDs."
-        )
-    for name, after in report.after.items():
-        found += _spread_warning(metric_title(name, report.extractor), report.before[name], after)
-    if report.teacher_samples and report.teacher_samples.fid > report.before["fid"].mean:
-        found.append(
-            f"The teacher's own samples ({_score(report)}) are worse than the student was before: "
-            "there is little to learn from it."
-        )
-    if report.teacher_sees:
-        found.append(
-            f"The teacher saw the student's images shrunk to {report.teacher_sees}: it can improve "
-            "what is still visible there, such as shapes and colours, and says nothing of finer "
-            "detail."
-        )
-    if report.after and report.images < 10_000:
+    else:
+        found += _features_warning(report)
+    for name in report.metrics:
+        title = metric_title(name, report.extractor)
+        found += _spread_warning(name, title, report.before[name], report.after[name])
+    found += _teacher_warnings(report) + _mode_loss_warning(report)
+    if report.metrics and report.images < _FEW_IMAGES:
         found.append(
             f"Each value is of {report.images:,} images: a Fréchet distance of so few is too high; "
             "compare it only with values of as many."
@@ -86,34 +167,99 @@ def warnings(report: Report) -> list[str]:
     return found
 
 
-def metric_title(metric: str, extractor: ExtractorName | None) -> str:
-    """Return a metric's name for a reader, with the extractor's where it is not the usual one."""
-    title = metric.upper() if len(metric) <= 3 else metric.replace("_", " ")
-    usual = extractor is None or extractor.name == "inception"
-    return title if usual else f"{title} ({extractor.name} features)"
-
-
-def rows(report: Report) -> list[tuple[str, str, str, str]]:
-    """Return metric, before, after and change, a line each."""
+def _features_warning(report: Report) -> list[str]:
+    assert report.extractor is not None
+    name = report.extractor.name
+    others = [m for m in report.metrics if METRICS[m].published_features not in (name, "lpips")]
+    if not others:
+        return []
+    titles = " and ".join(METRICS[metric].label for metric in others)
+    usual = " and ".join(dict.fromkeys(METRICS[metric].published_features for metric in others))
     return [
-        (
-            metric_title(name, report.extractor),
-            _shown(report.before[name]),
-            _shown(after),
-            _change(report.before[name], after),
-        )
-        for name, after in report.after.items()
+        f"{titles} of features of `{name}`, not of {usual}: not comparable with published values."
     ]
 
 
-def _spread_warning(title: str, before: MetricResult, after: MetricResult) -> list[str]:
+def _teacher_warnings(report: Report) -> list[str]:
+    found = []
+    name = next(iter(report.metrics), "")
+    teacher = report.teacher_samples.metrics.get(name) if report.teacher_samples else None
+    if teacher is not None and _is_better(name, report.before[name].mean, than=teacher):
+        found.append(
+            f"The teacher's own samples ({METRICS[name].label} {number(name, teacher)}) are worse "
+            "than the student was before: there is little to learn from it."
+        )
+    if report.teacher_sees:
+        found.append(
+            f"The teacher saw the student's images shrunk to {report.teacher_sees}: it can improve "
+            "what is still visible there, such as shapes and colours, and says nothing of finer "
+            "detail."
+        )
+    return found
+
+
+def _mode_loss_warning(report: Report) -> list[str]:
+    """Return a warning where images became better and fewer kinds of them are left."""
+    if not {"fid", "recall"} <= set(report.metrics):
+        return []
+    before, after = report.before["recall"], report.after["recall"]
+    fell = before.mean - after.mean > before.std + after.std
+    if not fell or report.after["fid"].mean >= report.before["fid"].mean:
+        return []
+    return [
+        f"Recall fell from {shown('recall', before)} to {shown('recall', after)} % while FID "
+        "improved: some kinds of images are made no more (mode loss)."
+    ]
+
+
+def _is_better(metric: str, value: float, *, than: float) -> bool:
+    return value < than if METRICS[metric].better == "lower" else value > than
+
+
+def metric_title(metric: str, extractor: ExtractorName | None) -> str:
+    """Return a metric's name for a reader, with the extractor's where it is not the usual one."""
+    about = METRICS[metric]
+    usual = extractor is None or about.published_features in (extractor.name, "lpips")
+    return about.label if usual else f"{about.label} ({extractor.name} features)"
+
+
+def shown(metric: str, result: MetricResult) -> str:
+    """Return "24.1 ± 0.2": one decimal, or two where the mean or its spread is small."""
+    times = METRICS[metric].times
+    mean, std = result.mean * times, result.std * times
+    if len(result.values) < 2:
+        return number(metric, result.mean)
+    decimals = 1 if mean >= 10 and std >= 0.1 else 2
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def number(metric: str, value: float) -> str:
+    """Return a value, or a difference of two, of a metric as it is shown."""
+    value *= METRICS[metric].times
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def change(before: MetricResult, after: MetricResult) -> str:
+    """Return the relative change in per cent."""
+    if before.mean <= 0:  # a KID may be
+        return "n/a"
+    return f"{after.mean / before.mean - 1:+.0%}".replace("%", " %")
+
+
+def _unit(metric: str) -> str:
+    return f", {METRICS[metric].unit}" if METRICS[metric].unit else ""
+
+
+def _spread_warning(
+    metric: str, title: str, before: MetricResult, after: MetricResult
+) -> list[str]:
     if len(after.values) < 2:
         return [f"{title} was measured on one set of images: its spread is not known."]
     spread = before.std + after.std
     if abs(after.mean - before.mean) < spread:
         return [
-            f"{title} changed by {_number(abs(after.mean - before.mean))}, "
-            f"less than the spread over seeds ({_number(spread)}): no change was shown."
+            f"{title} changed by {number(metric, abs(after.mean - before.mean))}, "
+            f"less than the spread over seeds ({number(metric, spread)}): no change was shown."
         ]
     return []
 
@@ -133,8 +279,10 @@ def facts(report: Report) -> dict[str, str]:
         "truncation, noise": f"{report.truncation:g}, {report.noise_mode}",
         "student": _file(report.student),
         "teacher": _file(report.teacher),
-        "teacher's own samples": _score(report),
-        "images seen in training": f"{report.images_seen:,}",
+        "teacher's own samples": _score(report.teacher_samples),
+        "teacher's sampler": report.sampler or "none",
+        "half of the real images against the other": _score(report.real_halves),
+        "images seen in training": f"{report.images_seen:,}{_speed(report)}",
         "started, finished": f"{report.started_at}, {report.finished_at}",
         "time": ", ".join(f"{k} {_duration(v)}" for k, v in report.durations_seconds.items())
         or "unknown",
@@ -149,29 +297,21 @@ def _file(file: File) -> str:
     return f"`{file.path}` ({_short(file.sha256)})" if file.sha256 else file.path
 
 
-def _score(report: Report) -> str:
-    """Return what the teacher's own samples are worth, in words."""
-    score = report.teacher_samples
-    if score is None:
+def _score(score: SampleScore | None) -> str:
+    """Return what images that no student made are worth, in words."""
+    if score is None or not score.metrics:
         return "not measured"
     count = "an unknown number of" if score.images is None else f"{score.images:,}"
-    return f"{metric_title('fid', report.extractor)} {_number(score.fid)} of {count} images"
+    values = ", ".join(
+        f"{METRICS[name].label} {number(name, value)}{_unit(name).replace(',', '')}"
+        for name, value in score.metrics.items()
+    )
+    return f"{values} of {count} images"
 
 
-def _shown(result: MetricResult) -> str:
-    """Return "24.1 ± 0.2": one decimal, or two where the mean or its spread is small."""
-    if len(result.values) < 2:
-        return _number(result.mean)
-    decimals = 1 if result.mean >= 10 and result.std >= 0.1 else 2
-    return f"{result.mean:.{decimals}f} ± {result.std:.{decimals}f}"
-
-
-def _change(before: MetricResult, after: MetricResult) -> str:
-    return f"{after.mean / before.mean - 1:+.0%}".replace("%", " %") if before.mean else "n/a"
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+def _speed(report: Report) -> str:
+    seconds = report.durations_seconds.get("training", 0.0)
+    return f", {report.images_seen / seconds:.3g} images per second of training" if seconds else ""
 
 
 def _named(extractor: ExtractorName | None) -> str:

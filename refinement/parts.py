@@ -20,7 +20,9 @@ from core.errors import UserError
 from core.protocols import Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
-from eval import features, reference, samples
+from eval import reference, samples, suite
+from eval.reference import Reference
+from eval.suite import Suite, size
 from generators import one_step_edm
 from refinement import adapter
 from refinement.recipe import NetworkSection, Recipe, family_config
@@ -44,11 +46,12 @@ class Parts:
     objective: Objective
     sampler: samples.Sampler
     """How a denoiser is sampled."""
-    extractor: features.Extractor | None
-    reference: reference.Reference | None
-    """None too where it is the teacher's samples, until `with_teacher_samples` made them."""
+    suite: Suite | None
+    """What is measured; None: nothing. Without reference where that is the teacher's samples, until
+    `with_teacher_samples` made them.
+    """
     kernel_backend: str
-    teacher_samples: reference.Reference | None = None
+    teacher_samples: Reference | None = None
     """Statistics of the teacher's own samples, where the recipe asks for them."""
 
     def images_of(self, network: nn.Module) -> samples.ImagesOf:
@@ -68,9 +71,7 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         teacher, student = _networks(recipe)
         fitted = _adapter(recipe, student, teacher)
         objective = _objective(recipe, student)
-        extractor = _load_extractor(recipe.evaluation, student, world)
-        real = _statistics(recipe.evaluation.reference, student, extractor)
-        teacher_samples = _statistics(recipe.evaluation.teacher, student, extractor)
+        measures, teacher_samples = _measures(recipe.evaluation, student, world)
     layout = torch.channels_last
     return Parts(
         student.to(world.device, memory_format=layout),
@@ -78,8 +79,7 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         fitted,
         objective,
         partial(sampling.sample, config=recipe.sampler),
-        extractor,
-        real,
+        measures,
         backend.choose(recipe.kernels, world.device),
         teacher_samples,
     )
@@ -155,72 +155,58 @@ def _objective(recipe: Recipe, student: nn.Module) -> Objective:
     return built
 
 
-def size(image_shape: tuple[int, int, int]) -> str:
-    channels, height, width = image_shape
-    return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
+def _measures(
+    settings: suite.Config, student: nn.Module, world: World
+) -> tuple[Suite | None, Reference | None]:
+    """Return what is measured, and the teacher's own samples; nothing where that comes later.
 
-
-def _load_extractor(
-    settings: samples.Config, student: nn.Module, world: World
-) -> features.Extractor | None:
-    """Return the extractor, or nothing where the recipe names no reference to measure against."""
-    if settings.reference is None:
-        return None
-    extractor = features.load(settings.extractor, world.device)
-    extractor(torch.zeros(1, *student.image_shape, dtype=torch.uint8))  # refuses what cannot fit
-    return extractor
-
-
-def _statistics(
-    source: str | None, student: nn.Module, extractor: features.Extractor | None
-) -> reference.Reference | None:
-    """Return the statistics of a source, fit for the student; none where they come later."""
-    if source in (None, SAMPLED, "teacher") or extractor is None:
-        return None
-    known = reference.reference_statistics(found(source), extractor)
-    if known.image_shape not in (None, tuple(student.image_shape)):
-        raise UserError(
-            f"{source} holds images of {size(known.image_shape)}, "
-            f"the student makes images of {size(student.image_shape)}: "
-            "choose a reference of the same resolution and channels"
-        )
-    return known
+    Raises UserError where reference, samples or student do not serve the metrics.
+    """
+    shape = tuple(student.image_shape)
+    loaded = suite.load(settings, image_shape=shape, world=world)
+    if loaded is None:
+        return None, None
+    made = None
+    if settings.reference not in (None, "teacher"):
+        real = suite.read_reference(found(settings.reference), loaded, image_shape=shape)
+        loaded = replace(loaded, real=real)
+        loaded.check(images=settings.images, student=student)
+    if settings.teacher not in (None, SAMPLED):
+        made = suite.read_reference(found(settings.teacher), loaded, image_shape=shape)
+    return loaded, made
 
 
 def with_teacher_samples(
-    parts: Parts, settings: samples.Config, folder: RunFolder, world: World
+    parts: Parts, settings: suite.Config, folder: RunFolder, world: World
 ) -> Parts:
     """Return the parts with the teacher's own samples measured, where the recipe asks for that.
 
     They are kept in the run's folder, so that a run samples its teacher once.
     """
     is_reference = settings.reference == "teacher"
-    made, extractor = parts.teacher_samples, parts.extractor
-    if extractor is None or not (is_reference or settings.teacher):
+    made, measures = parts.teacher_samples, parts.suite
+    if measures is None or not (is_reference or settings.teacher):
         return parts
     if made is None and distributed.from_main(folder.teacher_samples.exists(), world):
-        made = reference.read_npz(folder.teacher_samples, extractor)
+        made = reference.read_npz(folder.teacher_samples, measures.extractor)
     elif made is None:
-        made = _sampled(parts, extractor, settings, world)
+        made = _sampled(parts, measures, settings)
         if world.is_main:
             reference.save_npz(folder.teacher_samples, made)
-    return replace(parts, teacher_samples=made, reference=made if is_reference else parts.reference)
+    if is_reference:
+        measures = replace(measures, real=made)
+    return replace(parts, teacher_samples=made, suite=measures)
 
 
-def _sampled(
-    parts: Parts, extractor: features.Extractor, settings: samples.Config, world: World
-) -> reference.Reference:
+def _sampled(parts: Parts, measures: Suite, settings: suite.Config) -> Reference:
     _log.info("sampling %d images of the teacher", settings.images)
-    made = samples.generated_statistics(
-        parts.images_of(parts.teacher),
-        range(settings.images),
-        extractor,
-        batch_size=settings.batch_size,
-        world=world,
+    images_of, seeds = parts.images_of(parts.teacher), range(settings.images)
+    return reference.of_samples(
+        measures.collected(images_of, seeds, also={"moments"}),
+        source="the teacher's own samples",
+        extractor=measures.extractor,
+        shape=parts.teacher.image_shape,
     )
-    shape = parts.teacher.image_shape
-    source = "the teacher's own samples"
-    return reference.of_samples(made, source=source, extractor=extractor, shape=shape)
 
 
 def found(source: str) -> str:

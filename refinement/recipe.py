@@ -14,7 +14,7 @@ from core import config, plugins
 from core.config import ConfigError, Section
 from core.errors import UserError
 from custom_ops import backend
-from eval import samples
+from eval import suite
 from teachers import sampling
 from training import loop
 
@@ -77,7 +77,7 @@ class Recipe(Section):
     """What is minimised."""
     training: loop.Config = loop.Config()
     """The loop."""
-    evaluation: samples.Config = samples.Config()
+    evaluation: suite.Config = suite.Config()
     """What is measured before, while and after."""
     sampler: sampling.Config = sampling.Config()
     """How a diffusion model is sampled for its own score."""

@@ -106,6 +106,13 @@ def settings_for(denoiser: Denoiser, config: Config) -> Settings:
     return settings
 
 
+def described(denoiser: Denoiser, config: Config) -> str:
+    """Return `settings_for` the denoiser in words, and how many network passes an image takes."""
+    settings = settings_for(denoiser, config)
+    named = ", ".join(f"{name} {value:g}" for name, value in settings._asdict().items())
+    return f"Heun, {named}: {2 * settings.steps - 1} network passes"
+
+
 def sample(
     denoiser: Denoiser,
     latents: Tensor,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch_fidelity import calculate_metrics
+from torch_fidelity import calculate_metrics, metric_kid
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from core.distributed import World, shard
@@ -75,10 +75,21 @@ def _collected(folder: Path, extractor: features.Extractor, batch_size: int) -> 
 ALL = parse(["fid", "kid", "inception_score", "precision", "recall"])
 
 
+def _sum_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch-fidelity's KID in float64: in float32 its sums, which cancel, keep 4 digits."""
+    kernel = metric_kid.kernel_poly
+
+    def in_float64(first: np.ndarray, second: np.ndarray, **settings: object) -> np.ndarray:
+        return kernel(first.astype(np.float64), second.astype(np.float64), **settings)
+
+    monkeypatch.setattr(metric_kid, "kernel_poly", in_float64)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_all_metrics_are_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two folders of images, by the same Inception: equal to 1e-6, subsets and splits too."""
     monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)  # the least it takes
+    _sum_in_float64(monkeypatch)
     weights = _random_inception(tmp_path / "weights.pth", monkeypatch)
     made, real = _folder(tmp_path / "made", seed=1), _folder(tmp_path / "real", seed=2)
     expected = calculate_metrics(

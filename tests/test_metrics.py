@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch_fidelity import metric_kid, metric_prc
 from torch_fidelity.metric_fid import (
     KEY_METRIC_FID,
     fid_features_to_statistics,
@@ -144,6 +145,20 @@ def test_kernel_distance_is_the_unbiased_sum() -> None:
     assert found.std == 0
 
 
+def test_kernel_distance_and_precision_are_torch_fidelitys() -> None:
+    """Of the same features, by its subsets and neighbours; in float64, which it takes too."""
+    made, real = _features(90, 6, 12).double(), _features(80, 6, 13).double() + 0.2
+    theirs = metric_kid.kid_features_to_metric(
+        made, real, kid_subsets=5, kid_subset_size=40, rng_seed=7, verbose=False
+    )
+    found = kernel_distance(made, real, subsets=5, subset_size=40, seed=7)
+    assert found.mean == pytest.approx(theirs[metric_kid.KEY_METRIC_KID_MEAN], rel=1e-12)
+    assert found.std == pytest.approx(theirs[metric_kid.KEY_METRIC_KID_STD], rel=1e-12)
+    shares = metric_prc.calculate_precision_recall_full(made, real, 3, 25)
+    assert precision_and_recall(made, real) == pytest.approx(shares, rel=1e-6)
+    assert 0.2 < shares[0] < 1
+
+
 def _two_clusters(count: int, seed: int) -> torch.Tensor:
     centres = torch.tensor([[0.0, 0.0], [100.0, 0.0]])
     noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
@@ -163,14 +178,14 @@ def test_distances_are_held_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     made, real = _two_clusters(50, 2), _two_clusters(40, 3) + 0.5
     whole = precision_and_recall(made, real)
     sizes = []
-    cat = torch.cat
+    cdist = torch.cdist
 
-    def recorded(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
-        sizes.append(cat(parts, dim).numel())
-        return cat(parts, dim)
+    def recorded(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(first) * len(second))
+        return cdist(first, second)
 
     monkeypatch.setattr("eval.metrics._STRIP", 7)
-    monkeypatch.setattr(torch, "cat", recorded)
+    monkeypatch.setattr(torch, "cdist", recorded)
     assert precision_and_recall(made, real) == whole
     assert 0.2 < whole.precision < 1
     assert max(sizes) == 7 * 50

@@ -12,8 +12,10 @@ from PIL import Image
 
 from core.errors import UserError
 from eval import features
+from eval.collecting import kept_indices
 from eval.features import Extractor
-from eval.metrics import FeatureStatistics
+from eval.measuring import Config
+from eval.metrics import FeatureStatistics, frechet_distance
 from eval.reference import Reference, read_npz, reference_statistics, save_npz
 
 PIXELS = features.load("pixels")
@@ -45,9 +47,8 @@ def _published(path: Path, dimensions: int = 2048) -> Path:
 
 
 def _assert_equal(found: Reference, expected: Reference) -> None:
-    assert replace(found, mean=None, covariance=None) == replace(
-        expected, mean=None, covariance=None
-    )
+    arrays = dict.fromkeys(("mean", "covariance", "features"))
+    assert replace(found, **arrays) == replace(expected, **arrays)
     assert torch.equal(found.mean, expected.mean)
     assert torch.equal(found.covariance, expected.covariance)
 
@@ -101,6 +102,35 @@ def test_npz_comes_back_as_it_was(folder: Path, tmp_path: Path) -> None:
     _assert_equal(reference_statistics(tmp_path / "saved.npz", PIXELS), reference)
 
 
+def test_features_are_kept_where_they_are_asked_for(folder: Path, tmp_path: Path) -> None:
+    """Of 20 images the features of 8 stay, in their order, and come back from the cache."""
+    keep = Config(kept_images=8)
+    extractor, sizes = _counting(PIXELS)
+    first, again = (
+        reference_statistics(folder, extractor, keep=keep, batch_size=7, cache=tmp_path / "kept")
+        for _ in range(2)
+    )
+    assert sizes == [7, 7, 6]
+    pixels = np.stack([np.array(Image.open(file)) for file in sorted(folder.iterdir())])
+    expected = (torch.from_numpy(pixels).flatten(1) / 127.5 - 1)[kept_indices(20, 8, 2020)]
+    torch.testing.assert_close(first.features, expected)
+    assert torch.equal(again.features, first.features)
+    bare = reference_statistics(folder, extractor, batch_size=7, cache=tmp_path / "kept")
+    assert bare.features is None and len(sizes) == 6
+    torch.testing.assert_close(bare.covariance, first.covariance)
+
+
+def test_the_distance_of_halves_is_that_of_every_other_image(folder: Path, tmp_path: Path) -> None:
+    """What chance alone leaves: images 0, 2, 4... against 1, 3, 5..., in any batch size."""
+    pixels = np.stack([np.array(Image.open(file)) for file in sorted(folder.iterdir())])
+    features = torch.from_numpy(pixels).flatten(1) / 127.5 - 1
+    expected = frechet_distance(
+        FeatureStatistics.of(features[::2]), FeatureStatistics.of(features[1::2])
+    )
+    found = reference_statistics(folder, PIXELS, batch_size=7, cache=tmp_path / "kept")
+    assert found.halves_fid == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_published_file_is_inceptions(tmp_path: Path) -> None:
     """A file of mu and sigma alone is accepted for Inception's 2048 features and says no more."""
     inception = replace(PIXELS, name="inception", dimensions=2048)
@@ -138,6 +168,10 @@ def test_our_file_knows_its_extractor(folder: Path, tmp_path: Path) -> None:
         ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
         ({"mu": np.array([{}]), "sigma": np.eye(1)}, "not a readable .npz"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "meta": np.array("{}")}, "make the file again"),
+        (
+            {"mu": np.zeros(2048), "sigma": np.eye(2048), "features": np.zeros((3, 4))},
+            r"features has shape \(3, 4\); expected finite numbers \[M, 2048\]",
+        ),
     ],
 )
 def test_files_that_hold_no_reference_are_refused(
@@ -146,7 +180,7 @@ def test_files_that_hold_no_reference_are_refused(
     """Missing keys, wrong shapes, NaN, pickled objects, foreign meta: a sentence each."""
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=message):
-        reference_statistics(tmp_path / "bad.npz", PIXELS)
+        read_npz(tmp_path / "bad.npz", replace(PIXELS, name="inception"))
 
 
 def test_half_a_file_is_refused(tmp_path: Path) -> None:

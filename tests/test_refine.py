@@ -19,6 +19,7 @@ import generators
 from core.distributed import World
 from core.run_folder import RunFolder
 from eval import pictures, samples
+from eval.suite import Suite
 from refinement.parts import load_parts, with_teacher_samples
 from refinement.recipe import read_recipe
 
@@ -109,13 +110,12 @@ def test_the_refined_weights_measure_as_the_report_says(finished: Finished) -> N
     recipe = read_recipe(finished.recipe)
     parts = load_parts(recipe, ALONE)
     parts = with_teacher_samples(parts, recipe.evaluation, finished.folder, ALONE)
-    assert parts.extractor is not None and parts.reference is not None
-    fid = samples.fid_over_seeds(
-        parts.images_of(generators.load(finished.folder.student)), parts.extractor, parts.reference,
-        images=recipe.evaluation.images, seeds=recipe.evaluation.seeds,
-    )  # fmt: skip
+    assert parts.suite is not None
+    images_of = parts.images_of(generators.load(finished.folder.student))
+    settings = recipe.evaluation
+    found = parts.suite.over_seeds(images_of, images=settings.images, seeds=settings.seeds)
     document = json.loads((finished.folder.report / "report.json").read_text())
-    assert list(fid.values) == pytest.approx(document["after"]["fid"]["values"], rel=1e-6)
+    assert list(found["fid"].values) == pytest.approx(document["after"]["fid"]["values"], rel=1e-6)
 
 
 def test_the_teacher_is_sampled_once_with_the_steps_of_the_recipe(
@@ -233,7 +233,8 @@ def test_a_finished_run_is_only_reported_again(
     """--resume and --report change no byte beside the report, measure nothing, and remake it."""
     before = contents(copied.path)
     shutil.rmtree(copied.report)
-    monkeypatch.setattr(samples, "fid_over_seeds", _not_again)
+    monkeypatch.setattr(Suite, "over_seeds", _not_again)
+    monkeypatch.setattr(Suite, "features", _not_again)
     outcome = call(option, copied.path)
     after = contents(copied.path)
     assert outcome.code == 0, outcome.stderr

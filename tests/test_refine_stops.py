@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -22,7 +21,8 @@ from torch import Tensor
 
 import generators
 from core.run_folder import RunFolder
-from eval import features, samples
+from eval import features
+from eval.suite import Suite
 from refinement import stopping
 from training import checkpoint
 
@@ -124,7 +124,7 @@ def test_a_killed_run_is_reported_and_resumed_as_if_nothing_was(
 
     assert call("--resume", folder.path).code == 0
     assert folder.student.read_bytes() == whole.student.read_bytes()
-    assert rows_of(folder) == rows_of(whole) + Counter({(32, "after"): 1})
+    assert rows_of(folder) == rows_of(whole) + Counter({(32, "after"): 1, (32, "drift"): 1})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -150,15 +150,15 @@ def test_a_signal_saves_and_says_how_to_go_on(
     ("module", "name", "begun"),
     [
         (features, "load", False),
-        (samples, "generated_statistics", True),
-        (samples, "fid_over_seeds", True),
+        (Suite, "collected", True),
+        (Suite, "over_seeds", True),
     ],
     ids=["loading", "sampling the teacher", "measuring before"],
 )
 def test_ctrl_c_before_training_is_no_traceback(
     recipe: Path,
     tmp_path: Path,
-    module: ModuleType,
+    module: object,
     name: str,
     begun: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -247,9 +247,7 @@ def test_a_run_stopped_before_training_goes_on(
     recipe: Path, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that got no further than its recipe is resumed from the start."""
-    monkeypatch.setattr(
-        samples, "fid_over_seeds", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
-    )
+    monkeypatch.setattr(Suite, "over_seeds", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     call("--gan", recipe, "--outdir", tmp_path)
     monkeypatch.undo()
     folder = RunFolder(tmp_path / "00000-tiny")

@@ -17,6 +17,7 @@ from PIL import Image
 from core.errors import UserError
 from eval import pages, wording
 from eval import report as reports
+from eval.likeness import Drift, Near, Nearness
 from eval.metrics import MetricResult
 from eval.report import (
     Curve,
@@ -28,7 +29,7 @@ from eval.report import (
     Report,
     SampleScore,
 )
-from eval.samples import Pairs
+from eval.samples import Neighbours, Pairs
 
 REPORT = Report(
     name="gan-mnist32",
@@ -46,8 +47,12 @@ REPORT = Report(
     started_at="2026-01-02T10:00:00+00:00",
     finished_at="2026-01-02T10:08:00+00:00",
     durations_seconds={"training": 400.0},
-    curve=Curve((CurvePoint(0, 24.5), CurvePoint(200_000, 15.9)), 5_000, 1.0),
-    teacher_samples=SampleScore(7.0, 10_000),
+    curve=Curve("fid", (CurvePoint(0, 24.5), CurvePoint(200_000, 15.9)), 5_000),
+    teacher_samples=SampleScore({"fid": 7.0}, 10_000),
+    real_halves=SampleScore({"fid": 1.0}, 4_000),
+    drift=Drift(1000, moved=1.5, apart=6.0, recognised=0.985),
+    nearness=Nearness(1000, 8000, 3.0, 2.5, 0.02, (Near(7, 70, 0.5), Near(3, 30, 0.6))),
+    sampler="Heun",
     pair_seeds=(0, 1),
     recipe={"training": {"seed": 0}},
 )
@@ -58,32 +63,68 @@ def _pairs(count: int, labels: tuple[int, ...] | None, size: int = 8) -> Pairs:
     return Pairs(tuple(range(count)), black, black + 255, labels)
 
 
-def test_the_teacher_s_own_samples_have_their_line() -> None:
+def test_the_teacher_s_own_samples_have_their_column() -> None:
     """Summary, page and table of facts say what they are worth, and a weak teacher is named."""
-    said = "FID (mnist32 features) 7.00 of 10,000 images"
-    assert f"the teacher's own samples: {said}" in wording.summary(REPORT)
-    assert f"| teacher's own samples | {said} |" in pages.markdown(REPORT, pictures=[])
+    assert wording.columns(REPORT)[-1] == "teacher"
+    assert wording.rows(REPORT)[0].teacher == "7.00"
+    said = "| teacher's own samples | FID 7.00 of 10,000 images |"
+    assert said in pages.markdown(REPORT, pictures=[])
     assert not any("little to learn" in warning for warning in wording.warnings(REPORT))
-    weak = replace(REPORT, teacher_samples=SampleScore(24.5, 1000))
+    weak = replace(REPORT, teacher_samples=SampleScore({"fid": 24.5}, 1000))
     (warning,) = [line for line in wording.warnings(weak) if "little to learn" in line]
-    assert "24.5 of 1,000 images" in warning
+    assert "FID 24.5" in warning
     unknown = replace(REPORT, teacher_samples=None)
     assert "| teacher's own samples | not measured |" in pages.markdown(unknown, pictures=[])
     assert "teacher" not in wording.summary(unknown)
+
+
+MANY = replace(
+    REPORT,
+    before=REPORT.before
+    | {"recall": MetricResult.of([0.40, 0.41]), "kid": MetricResult.of([0.002, 0.003])},
+    after=REPORT.after
+    | {"recall": MetricResult.of([0.30, 0.31]), "kid": MetricResult.of([0.001, 0.001])},
+)
+
+
+def test_a_metric_is_shown_in_its_unit_and_says_which_way_is_better() -> None:
+    """KID is shown in thousandths, shares in per cent; arrows point where better is."""
+    _, recall, kid = wording.rows(MANY)
+    assert recall[:4] == ("Recall (mnist32 features), % ↑", "40.5 ± 0.7", "30.5 ± 0.7", "-25 %")
+    assert kid[:3] == ("KID (mnist32 features), x 10^-3 ↓", "2.50 ± 0.71", "1.00 ± 0.00")
+
+
+def test_a_recall_that_fell_while_the_distance_improved_is_named() -> None:
+    """Mode loss: better images of fewer kinds."""
+    assert any("mode loss" in warning for warning in wording.warnings(MANY))
+    worse = replace(MANY, after=MANY.after | {"fid": MetricResult.of([30.0, 30.1])})
+    assert not any("mode loss" in warning for warning in wording.warnings(worse))
+
+
+def test_what_stayed_and_what_was_copied_is_said() -> None:
+    """How far images moved, how many still know their latent, how near they come to real ones."""
+    remarks = wording.remarks(REPORT)
+    assert "moved by 25 % of the distance between two latents' images" in remarks["What stayed"]
+    assert "98 % of the images after" in remarks["What stayed"]
+    assert "2.0 % are as near to a real image" in remarks["Copies"]
+    assert "within 1.20 times the median distance" in remarks["Copies"]
+    assert wording.remarks(replace(REPORT, drift=None, nearness=None)) == {}
 
 
 def test_json_has_every_field(tmp_path: Path) -> None:
     """report.json gives each metric as mean, std and values, and says what was measured on what."""
     pages.write(tmp_path / "report", REPORT)
     document = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert document["before"]["fid"]["values"] == [24.2, 24.1, 23.8]
     assert document["after"]["fid"]["mean"] == pytest.approx(15.3)
     assert document["after"]["fid"]["std"] == pytest.approx(0.1)
     assert document["seeds"] == [[50, 10_050], [10_050, 20_050], [20_050, 30_050]]
     assert document["reference"] == {"name": "digits.zip", "sha256": "a" * 64, "images": 8000}
     assert document["extractor"] == {"name": "mnist32", "sha256": "b" * 64}
-    assert document["teacher_samples"] == {"fid": 7.0, "images": 10_000}
+    assert document["teacher_samples"] == {"metrics": {"fid": 7.0}, "images": 10_000}
+    assert document["metrics"]["fid"] == {"title": "Fréchet Inception Distance", "better": "lower"}
+    assert document["nearness"]["nearest"][1] == {"image": 3, "real": 30, "distance": 0.6}
     assert document["curve"]["points"] == [[0, 24.5], [200_000, 15.9]]
     assert document["environment"]["git_commit"] == "c" * 40
     assert (document["truncation"], document["noise_mode"]) == (1.0, "const")
@@ -96,7 +137,7 @@ def test_a_report_is_read_back(tmp_path: Path) -> None:
     assert reports.read(tmp_path / "report.json") == REPORT
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', '{"schema_version": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', '{"schema_version": 2}'])
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     """Half a file, another form, another version: a sentence that names the file."""
     (tmp_path / "report.json").write_text(text)
@@ -114,7 +155,7 @@ def test_headline_is_the_result_in_a_line() -> None:
 def test_markdown_names_the_extractor_and_warns() -> None:
     """A reader of digit-network distances is told that they are not Inception's."""
     text = pages.markdown(REPORT, pictures=["report.png"])
-    assert "features of `mnist32`, not Inception: not comparable" in text
+    assert "features of `mnist32`, not of inception: not comparable" in text
     assert "![Pairs" in text and "(report.png)" in text and "curve.png" not in text
 
 
@@ -147,11 +188,10 @@ def test_warnings_say_what_a_reader_must_know(change: dict[str, object], message
 def test_summary_is_a_small_table() -> None:
     """The terminal gets a line a metric below a heading, columns aligned, and the warnings."""
     lines = wording.summary(REPORT).splitlines()
-    assert lines[0].split() == ["before", "after", "change"]
-    assert lines[1].endswith("24.0 ± 0.2  15.3 ± 0.1   -36 %")
+    assert lines[0].split() == ["before", "after", "change", "teacher"]
+    assert lines[1].endswith("24.0 ± 0.2  15.3 ± 0.1   -36 %     7.00")
     assert len(lines[0]) == len(lines[1])
-    assert lines[2] == "the teacher's own samples: FID (mnist32 features) 7.00 of 10,000 images"
-    assert lines[3].startswith("! ")
+    assert lines[2].startswith("! ")
 
 
 def test_pictures_are_written_beside_the_text(tmp_path: Path) -> None:
@@ -183,7 +223,7 @@ def test_the_curve_has_its_size(tmp_path: Path) -> None:
     """curve.png is 860 x 470; a single point makes no curve."""
     pages.write(tmp_path / "two", REPORT)
     assert Image.open(tmp_path / "two" / "curve.png").size == (860, 470)
-    pages.write(tmp_path / "one", replace(REPORT, curve=Curve((CurvePoint(0, 24.5),))))
+    pages.write(tmp_path / "one", replace(REPORT, curve=Curve("fid", (CurvePoint(0, 24.5),))))
     assert not (tmp_path / "one" / "curve.png").exists()
 
 
@@ -239,10 +279,18 @@ def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
     text = _page(tmp_path, pairs=_pairs(4, (0, 1, 0, 1)))
     for said in ("24.0 ± 0.2", "15.3 ± 0.1", "-36 %", "more than the spread", "class 1, seed 3"):
         assert said in text
-    assert "<code>mnist32</code>, not Inception" in text
+    assert "<code>mnist32</code>, not of inception" in text
     assert 'class="name"' in text and ">teacher 7<" in text and ">real images 1<" in text
     within = replace(REPORT, after={"fid": MetricResult.of([24.3, 23.9, 24.0])})
     assert "no more than the spread" in _page(tmp_path, within)
+
+
+def test_the_page_shows_what_comes_nearest_to_real_images(tmp_path: Path) -> None:
+    """Each generated image beside its real one, with its seed."""
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    text = pages.write(tmp_path, REPORT, None, Neighbours((7, 3), images, images + 9)).read_text()
+    assert [image["alt"] for image in _Tags(text).of("img")] == ["generated", "real"] * 2
+    assert "<figcaption>seed 7</figcaption>" in text
 
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:

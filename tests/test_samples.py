@@ -9,13 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.distributed import World
 from core.errors import UserError
-from eval import features, samples
-from eval.metrics import FeatureStatistics, frechet_distance
-
-PIXELS = features.load("pixels")
-CPU = torch.device("cpu")
+from eval import samples
 
 
 class TinyStudent(nn.Module):
@@ -90,49 +85,25 @@ def test_a_student_is_measured_in_eval_mode_and_left_as_it_was() -> None:
     assert student.training and student.noise.training and not student.extra.training
 
 
-def test_statistics_do_not_depend_on_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three ranks with shares of 17 seeds get together what one rank gets alone, each the same."""
-    images_of = samples.images_of_seeds(TinyStudent(), device="cpu")
-
-    def measured(world: World) -> FeatureStatistics:
-        return samples.generated_statistics(images_of, range(17), PIXELS, batch_size=4, world=world)
-
-    alone = measured(World(0, 1, 0, CPU))
-    worlds = [World(rank, 3, rank, CPU) for rank in range(3)]
-    rows: list[Tensor] = []
-    monkeypatch.setattr(samples, "gather_rows", lambda row, world: rows.append(row) or row)
-    for world in worlds:
-        measured(world)
-    assert [int(row[0, 0]) for row in rows] == [5, 6, 6]
-    monkeypatch.setattr(samples, "gather_rows", lambda row, world: torch.cat(rows))
-    for world in worlds:
-        together = measured(world)
-        assert together.count == 17
-        torch.testing.assert_close(together.mean, alone.mean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(together.scatter, alone.scatter, rtol=1e-12, atol=1e-12)
-
-
-def test_fid_is_over_disjoint_ranges_of_seeds() -> None:
-    """Value k is the distance of seeds first + k * images and following, in any batch size."""
+def test_an_image_that_is_not_finite_names_its_seed() -> None:
+    """A network that diverged is named by the first seed, not measured: NaN has no uint8."""
     student = TinyStudent()
-    reference = FeatureStatistics.of(torch.rand(50, 9, generator=torch.Generator().manual_seed(1)))
-    images_of = samples.images_of_seeds(student, device="cpu")
-    result = samples.fid_over_seeds(
-        images_of, PIXELS, reference, images=30, seeds=2, batch_size=7, first_seed=100
-    )
-    for value, start in zip(result.values, (100, 130), strict=True):
-        images = _images(student, range(start, start + 30), 30)
-        expected = frechet_distance(FeatureStatistics.of(PIXELS(images)), reference)
-        assert value == pytest.approx(expected, rel=1e-6)
+    student.weight.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"seed 7 is not finite, nor .* 2 more of 3 seeds"):
+        samples.images_of_seeds(student, device="cpu")([7, 8, 9])
 
 
-def test_fewer_images_than_ranks_are_refused() -> None:
-    """A rank without an image would have no statistics: the user is told."""
-    images_of = samples.images_of_seeds(TinyStudent(), device="cpu")
-    with pytest.raises(UserError, match="2 images are fewer than 3 ranks"):
-        samples.generated_statistics(
-            images_of, range(2), PIXELS, batch_size=4, world=World(0, 3, 0, CPU)
-        )
+def test_churned_images_do_not_depend_on_their_company() -> None:
+    """The noise that a sampler adds at a step follows from seed and step alone."""
+    denoiser = nn.Module()
+    denoiser.image_shape, denoiser.num_classes = (1, 3, 3), 0
+
+    def sampler(network: nn.Module, latents: Tensor, labels: object, noise: object) -> Tensor:
+        return (latents + noise(0) + 2 * noise(1)) / 8
+
+    images_of = samples.images_of_seeds(denoiser, sampler, device="cpu")
+    assert torch.equal(images_of([3, 4, 5])[2:], images_of([5]))
+    assert not torch.equal(images_of([4]), images_of([5]))
 
 
 def test_pairs_are_ordered_by_class() -> None:

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 import teachers
 from assets.mnist32 import adversarial
 from core import networks
+from core.distributed import World
 from core.run_folder import atomic_write
 from data.images import Images
-from eval import features, reference
-from eval.metrics import FeatureStatistics, frechet_distance
-from eval.samples import ImagesOf, generated_statistics, images_of_seeds
+from eval import features, measuring, reference, suite
+from eval.samples import images_of_seeds
 from generators import stylegan2
 from teachers import sampling
 
@@ -76,18 +76,12 @@ def make_features(source: Path, epochs: int) -> None:
 @main.command("reference")
 @_source
 def make_reference(source: Path) -> None:
-    """Measure the real digits, and halves of them against each other: the floor."""
-    extractor = features.load("mnist32")
+    """Measure the real digits, and one half of them against the other: the floor."""
     found = Images(source)
-    reference.save_npz(HERE / "reference.npz", reference.measure(found, extractor))
-    pixels = found.load_all()
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    first, second = (FeatureStatistics.of(extractor(pixels[half])) for half in order.chunk(2))
-    floor = frechet_distance(first, second)
-    click.echo(
-        f"FID of {len(pixels) // 2} real digits against {len(pixels) // 2} others: {floor:.3f}"
-    )
-    _write_json(HERE / "floor.json", {"fid": floor, "images": len(pixels) // 2})
+    made = reference.measure(found, features.load("mnist32"), keep=measuring.Config())
+    reference.save_npz(HERE / "reference.npz", made)
+    half = len(found) // 2
+    click.echo(f"FID of {half} real digits against {half} others: {made.halves_fid:.3f}")
 
 
 @main.command("student")
@@ -109,18 +103,19 @@ def make_student(source: Path, digits: int, kimg: float, every_kimg: float) -> N
 @click.option("--images", default=10_000, show_default=True, help="How many.")
 def make_teacher_samples(images: int) -> None:
     """Sample the teacher with its 18 steps, and keep the statistics, for the reports."""
-    extractor = features.load("mnist32")
+    measures = _suite(("fid", "kid", "precision", "recall"), batch_size=100)
     teacher = cast(nn.Module, teachers.load(HERE / "teacher.safetensors"))
     images_of = images_of_seeds(
         teacher, partial(sampling.sample, config=sampling.Config()), device="cpu"
     )
-    made = generated_statistics(images_of, range(images), extractor, batch_size=100)
     kept = reference.of_samples(
-        made, source="the embedded teacher", extractor=extractor, shape=IMAGE
+        measures.collected(images_of, range(images)),
+        source="the embedded teacher",
+        extractor=measures.extractor,
+        shape=IMAGE,
     )
     reference.save_npz(HERE / "teacher-samples.npz", kept)
-    real = reference.read_npz(HERE / "reference.npz", extractor)
-    click.echo(f"FID of {images} samples of the teacher: {frechet_distance(made, real):.3f}")
+    click.echo(f"{images} samples of the teacher: {json.dumps(measures.of_stored(kept))}")
 
 
 Steps = Iterator[tuple[int, nn.Module, dict[str, float]]]
@@ -148,14 +143,23 @@ def _keep_best(
 
 def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
     """Return a function from a student to its FID on images of the first seeds."""
-    return lambda student: _fid(images_of_seeds(student, device="cpu"), count=count)
+    measures = _suite(("fid",), batch_size=100)
+
+    def fid(student: nn.Module) -> float:
+        images_of = images_of_seeds(student, device="cpu")
+        return measures.over_seeds(images_of, images=count)["fid"].mean
+
+    return fid
 
 
-def _fid(images_of: ImagesOf, *, count: int) -> float:
+def _suite(metrics: tuple[str, ...], *, batch_size: int) -> suite.Suite:
+    """Return these metrics against the real digits."""
     extractor = features.load("mnist32")
+    world = World(rank=0, size=1, local_rank=0, device=extractor.device)
     real = reference.read_npz(HERE / "reference.npz", extractor)
-    made = generated_statistics(images_of, range(count), extractor, batch_size=100)
-    return frechet_distance(made, real)
+    definitions = measuring.Config()
+    requests = measuring.parse(metrics)
+    return suite.Suite(requests, definitions, extractor, real, None, batch_size, world)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -1,0 +1,92 @@
+"""A run as this process has it open: recipe and parts, folder, and where its training stands."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from torch import nn
+
+from core.distributed import World
+from core.protocols import Networks
+from core.run_folder import RunFolder
+from refinement.parts import Parts
+from refinement.recipe import Recipe
+from training import checkpoint
+from training import state as training_state
+from training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+def now() -> str:
+    """Return the time in ISO 8601, with the offset from UTC."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+@dataclass
+class Run:
+    """One run in its folder: what it was given, and where it stands."""
+
+    recipe: Recipe
+    parts: Parts
+    folder: RunFolder
+    world: World
+    original: nn.Module
+    """The student before any training."""
+    state: TrainState
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Part of this process's work -> how long it took."""
+    started_at: str = field(default_factory=now)
+
+
+def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> Run:
+    """Return the run where its newest checkpoint left it, or at its start."""
+    original = copy.deepcopy(parts.student).eval().requires_grad_(False)
+    trio = Networks(parts.student, copy.deepcopy(parts.teacher), parts.teacher, parts.adapter)
+    settings = recipe.training
+    state = training_state.start(
+        trio,
+        student_lr=settings.student_lr,
+        score_lr=settings.score_lr,
+        optimizer=settings.optimizer,
+    )
+    newest = checkpoint.restore_newest(state, folder, world)
+    if newest is not None:
+        _log.info("found %s: %d images seen", newest.name, state.images_seen)
+    return Run(recipe, parts, folder, world, original, state)
+
+
+def append(run: Run, row: Mapping[str, object], *, images_seen: int | None = None) -> None:
+    """Write a row of readings, of where the run stands or of an earlier point; rank 0 does."""
+    if run.world.is_main:
+        at = run.state.images_seen if images_seen is None else images_seen
+        run.folder.append_reading({"images_seen": at, **row})
+
+
+@contextmanager
+def timed(run: Run, part: str) -> Iterator[None]:
+    """Note how long the body took."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        run.seconds[part] = round(time.monotonic() - started, 1)
+
+
+def note_session(run: Run) -> None:
+    """Write down how long this process worked on the run, if it did."""
+    if run.seconds:
+        session = {"started_at": run.started_at, "finished_at": now(), "seconds": run.seconds}
+        append(run, {"session": session})
+
+
+def total_seconds(sessions: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the time of each part of the work, over all processes that worked on the run."""
+    parts = dict.fromkeys(name for session in sessions for name in session["seconds"])
+    return {part: sum(s["seconds"].get(part, 0.0) for s in sessions) for part in parts}
