@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,11 +171,20 @@ class RunFolder:
                 ) from error
         return rows
 
-    def keep_readings_until(self, images_seen: int) -> None:
-        """Drop the readings later than a checkpoint, which a resumed run will write again."""
-        rows = [json.dumps(row) for row in self.read_readings() if _images_seen(row) <= images_seen]
+    def keep_readings_until(
+        self, images_seen: int, *, then: Sequence[Mapping[str, object]] = ()
+    ) -> None:
+        """Drop the readings later than a checkpoint, which will be written again, and add others;
+        all at once. That a run went back (`rollback`) is never dropped.
+        """
+        rows: list[Mapping[str, object]] = [
+            row
+            for row in self.read_readings()
+            if _images_seen(row) <= images_seen or "rollback" in row
+        ]
+        lines = [json.dumps(dict(row), allow_nan=False) for row in (*rows, *then)]
         with atomic_write(self.readings) as partial:
-            partial.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 @contextmanager

@@ -124,6 +124,31 @@ def _stopped(world: World, folder: RunFolder) -> str:
     return _message(loss, world, folder, stop=world.rank == world.size - 1)
 
 
+def _rolled_back(world: World, folder: RunFolder) -> list[float]:
+    """Return where a rank's run ends that went back once: images, rate, and the weights' sums."""
+
+    def loss(networks: Networks, draws: Draws) -> LossOutput:
+        images = make(networks, draws).images.flatten(1).sum(1)
+        bad = world.rank == world.size - 1 and draws.images_seen == 12 and state.lr_scale == 1
+        return LossOutput(images * (float("nan") if bad else 1.0), {})
+
+    class Objective:
+        phases = (Phase("only", ("student",), loss),)
+
+    config = Config.model_validate(
+        {
+            "duration_kimg": 0.02,
+            "batch_size": 4,
+            "checkpoint_every_kimg": 0.004,
+            "divergence": {"action": "rollback"},
+        }
+    )
+    state = start(networks("gaussian"), student_lr=1.0, score_lr=1.0, optimizer=config.optimizer)
+    train(state, Objective(), config, folder=folder, world=world)
+    total = torch.stack([p.detach().double().sum() for p in state.networks.student.parameters()])
+    return [float(state.images_seen), state.lr_scale, *total.tolist()]
+
+
 def _message(loss: object, world: World, folder: RunFolder, *, stop: bool) -> str:
     class Objective:
         phases = (Phase("only", ("student",), loss),)
@@ -153,6 +178,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
             case: weights(trained(case, RunFolder(folder / case), world)) for case in CASES
         }
         found["diverging"] = _diverging(world, RunFolder(folder / "diverging"))
+        found["rolled back"] = _rolled_back(world, RunFolder(folder / "rolled back"))
         found["stopped"] = _stopped(world, RunFolder(folder / "stopped"))
         distributed.barrier(world)
     torch.save(found, folder / f"{rank}.pt")
@@ -162,7 +188,7 @@ def _rank(rank: int, port: int, folder: Path) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Path]:
     """Return what each of two gloo processes found, and where the runs' folders are."""
     folder = tmp_path_factory.mktemp("ranks")
-    for name in (*CASES, "diverging", "stopped"):
+    for name in (*CASES, "diverging", "rolled back", "stopped"):
         (folder / name / "checkpoints").mkdir(parents=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -212,6 +238,16 @@ def test_rank_0_alone_writes(two_ranks: tuple[list[dict], Path]) -> None:
 def test_a_loss_that_is_bad_on_one_rank_stops_all(two_ranks: tuple[list[dict], Path]) -> None:
     """Every rank raises Diverged in the same round."""
     assert [found["diverging"] for found in two_ranks[0]] == ["Diverged after 0"] * 2
+
+
+def test_all_ranks_go_back_together(two_ranks: tuple[list[dict], Path]) -> None:
+    """A loss that is bad on one rank takes both to the same checkpoint and lower rate, once."""
+    first, second = (found["rolled back"] for found in two_ranks[0])
+    assert first == second and first[:2] == [20.0, 0.5]
+    rows = RunFolder(two_ranks[1] / "rolled back").read_readings()
+    (done,) = (row["rollback"] for row in rows if "rollback" in row)
+    assert isinstance(done, dict)
+    assert (done["from_images_seen"], done["to_images_seen"]) == (12, 12)
 
 
 def test_a_stop_on_one_rank_stops_all(two_ranks: tuple[list[dict], Path]) -> None:

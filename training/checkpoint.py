@@ -130,6 +130,31 @@ def images_saved(folder: RunFolder) -> int:
     return 0 if path is None else int(path.stem)
 
 
+def best(folder: RunFolder, keep: Keep) -> Path | None:
+    """Return the path of the checkpoint with the best of the metric that decides what is kept; None
+    where none is to, or none was measured.
+    """
+    return _best(_all(folder), keep)
+
+
+def soundest(folder: RunFolder, keep: Keep) -> Path | None:
+    """Return the path of what a diverged run goes back to: the best, if one is kept and whole, or
+    else the newest whole one. None where there is none yet.
+    """
+    chosen = best(folder, keep)
+    return chosen if chosen is not None and damage(chosen) is None else _newest_whole(folder)
+
+
+def drop_after(path: Path, folder: RunFolder) -> None:
+    """Remove the checkpoints later than this one, the newest first: what is killed in between
+    leaves a run whose newest is one of them.
+    """
+    for later in reversed(_all(folder)):
+        if later == path:
+            break
+        later.unlink()
+
+
 def restore_newest(state: TrainState, folder: RunFolder, world: World) -> Path | None:
     """Return the path of the newest whole checkpoint, after setting the state to it; None where
     there is none yet.
@@ -211,14 +236,18 @@ def _kept(paths: Sequence[Path], keep: Keep) -> set[Path]:
     if step := round(keep.every_kimg * 1000):
         first = {int(path.stem) // step: path for path in reversed(paths)}
         kept |= {path for multiple, path in first.items() if multiple > 0}
-    if keep.best is not None:
-        sign = 1 if keep.best_is == "lowest" else -1
-        scored = {path: scores_of(path) for path in paths}
-        ranked = {
-            path: sign * found[keep.best] for path, found in scored.items() if keep.best in found
-        }
-        kept |= set(sorted(ranked, key=ranked.__getitem__)[:1])
-    return kept
+    chosen = _best(paths, keep)
+    return kept if chosen is None else kept | {chosen}
+
+
+def _best(paths: Sequence[Path], keep: Keep) -> Path | None:
+    """Return the checkpoint with the best score, of all, oldest first; the first of equals."""
+    if keep.best is None:
+        return None
+    scored = {path: scores_of(path) for path in paths}
+    found = {path: scores[keep.best] for path, scores in scored.items() if keep.best in scores}
+    choose = min if keep.best_is == "lowest" else max
+    return choose(found, key=found.__getitem__, default=None)
 
 
 def _content(state: TrainState) -> Content:

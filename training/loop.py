@@ -8,21 +8,20 @@ about what is learned.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from core import distributed
-from core.config import Section
 from core.distributed import World
 from core.errors import UserError
-from core.precision import Precision, computing_in
+from core.precision import computing_in
 from core.protocols import (
     LossOutput,
     Networks,
@@ -33,65 +32,14 @@ from core.protocols import (
 from core.randomness import Draws
 from core.run_folder import RunFolder
 from training import checkpoint
+from training.divergence import Diverged, Score, Watch, go_back
 from training.schedule import Every, annealing, ema_decay, warmup
-from training.state import OptimizerConfig, TrainState, follow
+from training.settings import Config
+from training.state import TrainState, follow
 from training.status import Status
 
-
-class Config(Section):
-    """The `training` section of a recipe."""
-
-    duration_kimg: float = Field(default=5000, gt=0)
-    """Length of the run, in thousands of student images."""
-    batch_size: int = Field(default=128, ge=1)
-    """Images of one update, over all processes."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Images a process puts through the networks at a time; null: its whole share of the batch."""
-    seed: int = Field(default=0, ge=0)
-    """Every random number of the training follows from it."""
-    student_lr: float = Field(default=1e-5, gt=0)
-    """Learning rate of the student."""
-    score_lr: float = Field(default=1e-5, gt=0)
-    """Learning rate of the score network."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """The optimizer of both."""
-    warmup_kimg: float = Field(default=0.0, ge=0)
-    """Thousands of images over which both learning rates rise from 0."""
-    anneal_kimg: float = Field(default=0.0, ge=0)
-    """Thousands of images at the end over which both learning rates fall to 0."""
-    precision: Precision = "float32"
-    """What diffusion networks compute in while training; weights and what is measured stay
-    float32. bfloat16 is faster where the device has it.
-    """
-    gradient_clip: float | None = Field(default=None, gt=0)
-    """Largest norm of an update's gradient; longer ones are scaled down to it. null: no limit."""
-    ema_halflife_kimg: float = Field(default=500.0, ge=0)
-    """Half-life of the student's moving average, in thousands of images; 0: no averaging."""
-    ema_rampup: float | None = Field(default=0.05, gt=0)
-    """The half-life is at most this times the images seen; null: no such limit."""
-    readings_every_kimg: float = Field(default=1.0, gt=0)
-    """Thousands of images between rows of readings.jsonl."""
-    checkpoint_every_kimg: float = Field(default=500.0, ge=0)
-    """Thousands of images between checkpoints; 0: only at the end or when stopped."""
-    keep: checkpoint.Keep = checkpoint.Keep()
-    """Which checkpoints stay when a new one is written."""
-
-    @model_validator(mode="after")
-    def _micro_batch_fits(self) -> Config:
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} exceeds batch_size {self.batch_size}"
-            )
-        return self
-
-    @property
-    def total_images(self) -> int:
-        """Return the length of the run in images."""
-        return round(self.duration_kimg * 1000)
-
-
-class Diverged(UserError):
-    """A loss or gradient that is not finite. The weights are those of before the update."""
+Measure = Callable[[TrainState], Mapping[str, float]]
+_log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
@@ -105,7 +53,7 @@ def train(
     *,
     folder: RunFolder,
     world: World,
-    measure: Callable[[TrainState], Mapping[str, float]] | None = None,
+    measure: Measure | None = None,
     measure_every_kimg: float = 0.0,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainState:
@@ -113,42 +61,165 @@ def train(
 
     measure: called on every rank when due and after the last round. stop_requested: asked after
     each round; if it says so on any rank, the state is saved and Interrupted raised. Raises
-    Diverged before weights go bad.
+    Diverged before weights go bad, unless the run goes back to an earlier state and on from there.
     """
+    _refuse_what_cannot_be(config, world, measures=measure_every_kimg > 0)
+    total, trained = config.total_images, _wrapped(state, world)
+    with (
+        Status(folder, world, images_seen=state.images_seen, total_images=total) as status,
+        checkpoint.Writer(folder, config.keep) as writer,
+    ):
+        run = _Run(state, config, folder, world, status, writer, _watch(config, folder, world))
+        run.measure, run.measuring = measure, Every.kimg(measure_every_kimg)
+        run.begin()
+        while state.images_seen < total and not run.is_over_early:
+            try:
+                for readings in play_round(state, objective, config, trained=trained, world=world):
+                    status.add(readings)
+                run.after_round(stop_requested)
+            except Diverged as diverged:
+                run.go_back(diverged)
+        writer.wait()
+        run.say_what_was_best()
+    return state
+
+
+@dataclass
+class _Run:
+    """What happens between the rounds of a run."""
+
+    state: TrainState
+    config: Config
+    folder: RunFolder
+    world: World
+    status: Status
+    writer: checkpoint.Writer
+    watch: Watch
+    measure: Measure | None = None
+    measuring: Every = field(default_factory=lambda: Every(0))
+
+    @property
+    def is_over_early(self) -> bool:
+        """Return whether the metric has not improved for as long as the settings allow."""
+        limit = self.config.early_stop_kimg
+        return limit is not None and self.watch.images_since_best() >= round(limit * 1000)
+
+    def begin(self) -> None:
+        """Bring to where it stood what a checkpoint does not hold: learning rates after a rollback,
+        and a measurement that a request to stop left out.
+        """
+        self.state.lr_scale = self.watch.lr_scale
+        now, total = self.state.images_seen, self.config.total_images
+        was_due = now > 0 and self.measuring.due(now - self.config.batch_size, now)
+        if was_due and self.watch.measured_until < now < total:
+            scores = self._measured()
+            if self.config.keep.best is not None and self.world.is_main:
+                self.writer.save(self.state, scores=scores)
+        goes_back = not self.watch.is_spent and self.world.is_main
+        if goes_back and checkpoint.newest(self.folder) is None:
+            self.writer.save(self.state)  # so that there is somewhere to go back to
+
+    def after_round(self, stop_requested: Callable[[], bool]) -> None:
+        """Show, measure and save what is due. Raises Diverged and Interrupted."""
+        now, total = self.state.images_seen, self.config.total_images
+        before, last = now - self.config.batch_size, now >= total
+        stop = _any(stop_requested(), self.world) and not last
+        if last or stop or Every.kimg(self.config.readings_every_kimg).due(before, now):
+            self.watch.row(now, self.status.row(now))
+        scores: Mapping[str, float] = {}
+        if last or (self.measuring.due(before, now) and not stop):
+            scores = self._measured()
+        saves = Every.kimg(self.config.checkpoint_every_kimg).due(before, now)
+        if (last or stop or saves or self.is_over_early) and self.world.is_main:
+            self.writer.save(self.state, scores=scores)
+        if stop:
+            self.writer.wait()
+            raise Interrupted
+
+    def go_back(self, diverged: Diverged) -> None:
+        """Go on from an earlier checkpoint. Raises Diverged where that is not to be."""
+        self.writer.wait()
+        done = go_back(
+            self.state,
+            diverged,
+            self.watch,
+            folder=self.folder,
+            keep=self.config.keep,
+            world=self.world,
+        )
+        if done is None:
+            if self.world.is_main:
+                row = {"images_seen": self.state.images_seen, "diverged": {"why": diverged.why}}
+                self.folder.append_reading(row)
+            raise diverged
+        self.watch = _watch(self.config, self.folder, self.world)
+        self.status.begin_again(self.state.images_seen)
+
+    def say_what_was_best(self) -> None:
+        """Write down why the run ended early, and that a checkpoint is better than its end."""
+        if not self.world.is_main:
+            return
+        now, curve = self.state.images_seen, self.watch.curve
+        rows = self.folder.read_readings()
+        if not curve or any("early_stop" in row or "best" in row for row in rows):
+            return
+        if self.is_over_early and self.watch.best is not None:
+            known = self._known(self.watch.best)
+            _log.info("ends early, after %d images: %s", now, _in_words(known))
+            self.folder.append_reading({"images_seen": now, "early_stop": known})
+        path = checkpoint.best(self.folder, self.config.keep)
+        kept = [] if path is None else [s for s in curve if s.images_seen == int(path.stem)]
+        if path is not None and kept and self.watch.is_better(kept[-1], curve[-1]):
+            known = {**self._known(kept[-1]), "checkpoint": path.name}
+            _log.info("%s is better than the end: %s", path, _in_words(known))
+            self.folder.append_reading({"images_seen": now, "best": known})
+
+    def _known(self, score: Score) -> dict[str, object]:
+        return {
+            "metric": self.watch.metric,
+            "value": score.value,
+            "at_images_seen": score.images_seen,
+        }
+
+    def _measured(self) -> Mapping[str, float]:
+        """Return what is measured now, the same on all ranks, after writing it down. Raises
+        Diverged.
+        """
+        if self.measure is None:
+            return {}
+        now = self.state.images_seen
+        scores = distributed.from_main(dict(self.measure(self.state)), self.world)
+        self.status.measured(now, scores)
+        self.watch.measured(now, scores)
+        return scores
+
+
+def _watch(config: Config, folder: RunFolder, world: World) -> Watch:
+    """Return what the readings say, the same on all ranks."""
+    rows = distributed.from_main(folder.read_readings() if world.is_main else [], world)
+    keep = config.keep
+    return Watch(
+        config.divergence, rows, metric=keep.best or "fid", highest=keep.best_is == "highest"
+    )
+
+
+def _refuse_what_cannot_be(config: Config, world: World, *, measures: bool) -> None:
     if config.batch_size < world.size:
         raise UserError(
             f"training.batch_size is {config.batch_size}, fewer than the {world.size} processes: "
             "start fewer, or make it larger"
         )
-    total = config.total_images
-    showing, saving = (
-        Every.kimg(config.readings_every_kimg),
-        Every.kimg(config.checkpoint_every_kimg),
+    if config.early_stop_kimg is not None and not measures:
+        raise UserError(
+            "training.early_stop_kimg needs measurements while training: set evaluation.every_kimg "
+            "and a reference, or leave it out"
+        )
+
+
+def _in_words(known: Mapping[str, object]) -> str:
+    return (
+        f"{known['metric']} was best after {known['at_images_seen']} images, {known['value']:.4g}"
     )
-    measuring = Every.kimg(measure_every_kimg)
-    trained = _wrapped(state, world)
-    with (
-        Status(folder, world, images_seen=state.images_seen, total_images=total) as status,
-        checkpoint.Writer(folder, config.keep) as writer,
-    ):
-        while state.images_seen < total:
-            before = state.images_seen
-            for readings in play_round(state, objective, config, trained=trained, world=world):
-                status.add(readings)
-            now, last = state.images_seen, state.images_seen >= total
-            stop = _any(stop_requested(), world)
-            if last or stop or showing.due(before, now):
-                status.row(now)
-            scores: Mapping[str, float] = {}
-            if measure is not None and (last or measuring.due(before, now)):
-                scores = measure(state)
-                status.measured(now, scores)
-            if (last or stop or saving.due(before, now)) and world.is_main:
-                writer.save(state, scores=scores)
-            if stop and not last:
-                writer.wait()
-                raise Interrupted
-    return state
 
 
 def play_round(
@@ -193,7 +264,7 @@ def update(
     for name, network in learning.items():
         if config.gradient_clip is not None:
             clip_grads_with_norm_(network.parameters(), config.gradient_clip, norms[name])
-        _set_learning_rate(state.optimizers[name], name, state.images_seen, config)
+        _set_learning_rate(state, name, config)
         state.optimizers[name].step()
     return _mean_readings(outputs) | {f"{name}_gradient": norm for name, norm in norms.items()}
 
@@ -238,9 +309,9 @@ def _checked_norms(
         shown = " and ".join(f"{float(norm):.4g} ({name})" for name, norm in norms.items())
         raise Diverged(
             f"the {phase.name} phase gave a loss of {float(loss):.4g} and a gradient of norm "
-            f"{shown} after {images_seen} images; no weight was changed by it. "
+            f"{shown} after {images_seen} images; no weight was changed by it",
             "Try a smaller training.student_lr and training.score_lr (each network learns from the "
-            "other), a training.warmup_kimg, or a training.gradient_clip"
+            "other), a training.warmup_kimg, or a training.gradient_clip",
         )
     return norms
 
@@ -249,16 +320,14 @@ def _gradient_norm(network: nn.Module) -> Tensor:
     return get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
-def _set_learning_rate(
-    optimizer: torch.optim.Optimizer, name: TrainedNetwork, images_seen: int, config: Config
-) -> None:
+def _set_learning_rate(state: TrainState, name: TrainedNetwork, config: Config) -> None:
     base = config.student_lr if name == "student" else config.score_lr
-    after = images_seen + config.batch_size
+    after = state.images_seen + config.batch_size
     factor = warmup(after, warmup_kimg=config.warmup_kimg) * annealing(
-        images_seen, total_images=config.total_images, anneal_kimg=config.anneal_kimg
+        state.images_seen, total_images=config.total_images, anneal_kimg=config.anneal_kimg
     )
-    for group in optimizer.param_groups:
-        group["lr"] = base * factor
+    for group in state.optimizers[name].param_groups:
+        group["lr"] = base * factor * state.lr_scale
 
 
 def _advance(state: TrainState, config: Config) -> None:
@@ -275,8 +344,8 @@ def _advance(state: TrainState, config: Config) -> None:
 
 def _mean_readings(outputs: list[LossOutput]) -> dict[str, Tensor]:
     """Return the mean over this rank's images of each reading."""
-    counts = torch.tensor([float(len(output.per_image)) for output in outputs])
-    shares = (counts / counts.sum()).tolist()
+    counts = [len(output.per_image) for output in outputs]
+    shares = [count / sum(counts) for count in counts]
     means = {}
     for name in outputs[0].readings:
         parts = [

@@ -61,6 +61,10 @@ class TrainState:
     student_ema: nn.Module
     """Moving average of the student, in eval mode: what is measured and published."""
     optimizers: dict[TrainedNetwork, torch.optim.Optimizer]
+    lr_scale: float = 1.0
+    """Both learning rates are multiplied by it: below 1 after a rollback. The readings hold it, not
+    the checkpoint, which is older than the rollback to it.
+    """
 
 
 def start(

@@ -60,16 +60,25 @@ class Status:
         self._measured.update(metrics)
         self.folder.append_reading({"images_seen": images_seen, "measured": dict(metrics)})
 
-    def row(self, images_seen: int) -> None:
-        """Write the means since the last row to readings.jsonl and show them; all ranks call it."""
+    def row(self, images_seen: int) -> dict[str, float]:
+        """Return the means since the last row, after writing them to readings.jsonl and showing
+        them; all ranks call it, and get the same.
+        """
         means = self._means()
-        if not self.speaks:
-            return
-        rate = self._rate(images_seen)
-        self.folder.append_reading(
-            {"images_seen": images_seen, "images_per_second": round(rate, 2), **means}
-        )
-        self._show(images_seen, rate, means)
+        if self.speaks:
+            rate = self._rate(images_seen)
+            self.folder.append_reading(
+                {"images_seen": images_seen, "images_per_second": round(rate, 2), **means}
+            )
+            self._show(images_seen, rate, means)
+        return means
+
+    def begin_again(self, images_seen: int) -> None:
+        """Go on from an earlier point: what was collected since the last row is dropped."""
+        self._sums, self._counts, self._measured = {}, {}, {}
+        self._started_at, self._started_images = time.monotonic(), images_seen
+        if self._bar is not None:
+            self._bar.update(images_seen - self._bar.n)
 
     def _means(self) -> dict[str, float]:
         """Return the mean of each reading over rounds and ranks, and begin anew."""

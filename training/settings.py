@@ -1,0 +1,69 @@
+"""The `training` section of a recipe: what the loop is told."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from core.config import Section
+from core.precision import Precision
+from training import checkpoint
+from training.divergence import DivergenceConfig
+from training.state import OptimizerConfig
+
+
+class Config(Section):
+    """The `training` section of a recipe."""
+
+    duration_kimg: float = Field(default=5000, gt=0)
+    """Length of the run, in thousands of student images."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images of one update, over all processes."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Images a process puts through the networks at a time; null: its whole share of the batch."""
+    seed: int = Field(default=0, ge=0)
+    """Every random number of the training follows from it."""
+    student_lr: float = Field(default=1e-5, gt=0)
+    """Learning rate of the student."""
+    score_lr: float = Field(default=1e-5, gt=0)
+    """Learning rate of the score network."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer of both."""
+    warmup_kimg: float = Field(default=0.0, ge=0)
+    """Thousands of images over which both learning rates rise from 0."""
+    anneal_kimg: float = Field(default=0.0, ge=0)
+    """Thousands of images at the end over which both learning rates fall to 0."""
+    precision: Precision = "float32"
+    """What diffusion networks compute in while training; weights and what is measured stay
+    float32. bfloat16 is faster where the device has it.
+    """
+    gradient_clip: float | None = Field(default=None, gt=0)
+    """Largest norm of an update's gradient; longer ones are scaled down to it. null: no limit."""
+    ema_halflife_kimg: float = Field(default=500.0, ge=0)
+    """Half-life of the student's moving average, in thousands of images; 0: no averaging."""
+    ema_rampup: float | None = Field(default=0.05, gt=0)
+    """The half-life is at most this times the images seen; null: no such limit."""
+    readings_every_kimg: float = Field(default=1.0, gt=0)
+    """Thousands of images between rows of readings.jsonl."""
+    checkpoint_every_kimg: float = Field(default=500.0, ge=0)
+    """Thousands of images between checkpoints; 0: only at the end or when stopped."""
+    keep: checkpoint.Keep = checkpoint.Keep()
+    """Which checkpoints stay when a new one is written."""
+    divergence: DivergenceConfig = DivergenceConfig()
+    """When a run counts as diverged, and what is done then."""
+    early_stop_kimg: float | None = Field(default=None, gt=0)
+    """The run ends once the metric of keep.best, or else fid, has not improved for so many thousand
+    images. null: it goes to its end.
+    """
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Config:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} exceeds batch_size {self.batch_size}"
+            )
+        return self
+
+    @property
+    def total_images(self) -> int:
+        """Return the length of the run in images."""
+        return round(self.duration_kimg * 1000)
