@@ -43,7 +43,7 @@ from refinement.recipe import Recipe, read_recipe
 from refinement.run import finish, train
 from refinement.session import Run, note_session, open_run
 from refinement.stopping import ending_at_once, leave, run_as_process
-from training import checkpoint, loop
+from training import checkpoint, events, loop
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED = {
@@ -191,6 +191,8 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
     """Do a run, new (folder None) or begun, or only its report."""
     with ending_at_once(), distributed.session(recipe.device) as world:
         _set_up_logging(world)
+        if training and recipe.training.tensorboard:
+            events.require_package()
         parts = load_parts(recipe, world)
         if folder is None:
             folder = distributed.from_main(_new_folder(recipe, outdir, world), world)

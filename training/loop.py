@@ -66,7 +66,13 @@ def train(
     _refuse_what_cannot_be(config, world, measures=measure_every_kimg > 0)
     total, trained = config.total_images, _wrapped(state, world)
     with (
-        Status(folder, world, images_seen=state.images_seen, total_images=total) as status,
+        Status(
+            folder,
+            world,
+            images_seen=state.images_seen,
+            total_images=total,
+            tensorboard=config.tensorboard,
+        ) as status,
         checkpoint.Writer(folder, config.keep) as writer,
     ):
         run = _Run(state, config, folder, world, status, writer, _watch(config, folder, world))

@@ -55,6 +55,9 @@ class Config(Section):
     images. null: it goes to its end.
     """
 
+    tensorboard: bool = False
+    """Write what readings.jsonl holds, and the sample grids, to RUN/tensorboard too."""
+
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> Config:
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
