@@ -16,6 +16,8 @@ from html import escape
 from PIL import Image
 from torch import Tensor
 
+from eval._numbers import metric_title
+from eval._warnings import warnings
 from eval.measuring import METRICS
 from eval.report import CurvePoint, Report
 from eval.samples import Neighbours, Pairs
@@ -23,13 +25,11 @@ from eval.wording import (
     columns,
     facts,
     levels,
-    metric_title,
     remarks,
     rows,
     sets,
     shown_points,
     verdict,
-    warnings,
 )
 
 _LARGEST = 256

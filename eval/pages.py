@@ -7,6 +7,8 @@ from pathlib import Path
 
 from core.run_folder import atomic_write
 from eval import _page
+from eval._numbers import metric_title
+from eval._warnings import warnings
 from eval.measuring import METRICS
 from eval.pictures import curve_picture, pairs_picture
 from eval.report import Report, to_json
@@ -16,12 +18,10 @@ from eval.wording import (
     facts,
     headline,
     levels,
-    metric_title,
     remarks,
     rows,
     sets,
     shown_points,
-    warnings,
 )
 
 

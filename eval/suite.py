@@ -161,7 +161,7 @@ class Suite:
                 values["ppl"] = self._path_length(student, images=images, first_seed=start)
             for metric, value in values.items():
                 found.setdefault(metric, []).append(value)
-        return {metric: MetricResult.of(values) for metric, values in found.items()}
+        return {m: MetricResult.of(found[m]) for m in self.metrics if m in found}
 
     def while_training(self, *, images: int) -> Suite | None:
         """Return the metrics that so few images can give, under their plain names; None: none."""

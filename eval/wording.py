@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from eval._numbers import change, metric_title, number, shown, unit
+from eval._warnings import warnings
 from eval.measuring import METRICS
-from eval.metrics import MetricResult
 from eval.report import CurvePoint, ExtractorName, File, Report, SampleScore
 
 _ARROWS = {"lower": "↓", "higher": "↑"}
-_FEW_IMAGES = 10_000
-"""Fewer make a Fréchet distance that is compared with nothing else."""
 
 
 class Row(NamedTuple):
@@ -29,9 +28,7 @@ def rows(report: Report) -> list[Row]:
     teacher = report.teacher_samples.metrics if report.teacher_samples else {}
     return [
         Row(
-            metric_title(name, report.extractor)
-            + _unit(name)
-            + f" {_ARROWS[METRICS[name].better]}",
+            metric_title(name, report.extractor) + unit(name) + f" {_ARROWS[METRICS[name].better]}",
             shown(name, report.before[name]),
             shown(name, report.after[name]),
             change(report.before[name], report.after[name]),
@@ -146,124 +143,6 @@ def _copies(report: Report) -> str:
     ).replace("%", " %")
 
 
-def warnings(report: Report) -> list[str]:
-    """Return what a reader must know before believing the numbers, one sentence each."""
-    found = list(report.notes)
-    if report.extractor is None:
-        found.append("The recipe names no reference (evaluation.reference): nothing was measured.")
-    else:
-        found += _features_warning(report)
-    for name in report.metrics:
-        title = metric_title(name, report.extractor)
-        found += _spread_warning(name, title, report.before[name], report.after[name])
-    found += _teacher_warnings(report) + _mode_loss_warning(report)
-    if report.metrics and report.images < _FEW_IMAGES:
-        found.append(
-            f"Each value is of {report.images:,} images: a Fréchet distance of so few is too high; "
-            "compare it only with values of as many."
-        )
-    if report.environment.git_dirty:
-        found.append("The checkout had changes that are in no commit.")
-    return found
-
-
-def _features_warning(report: Report) -> list[str]:
-    assert report.extractor is not None
-    name = report.extractor.name
-    others = [m for m in report.metrics if METRICS[m].published_features not in (name, "lpips")]
-    if not others:
-        return []
-    titles = " and ".join(METRICS[metric].label for metric in others)
-    usual = " and ".join(dict.fromkeys(METRICS[metric].published_features for metric in others))
-    return [
-        f"{titles} of features of `{name}`, not of {usual}: not comparable with published values."
-    ]
-
-
-def _teacher_warnings(report: Report) -> list[str]:
-    found = []
-    name = next(iter(report.metrics), "")
-    teacher = report.teacher_samples.metrics.get(name) if report.teacher_samples else None
-    if teacher is not None and _is_better(name, report.before[name].mean, than=teacher):
-        found.append(
-            f"The teacher's own samples ({METRICS[name].label} {number(name, teacher)}) are worse "
-            "than the student was before: there is little to learn from it."
-        )
-    if report.teacher_sees:
-        found.append(
-            f"The teacher saw the student's images shrunk to {report.teacher_sees}: it can improve "
-            "what is still visible there, such as shapes and colours, and says nothing of finer "
-            "detail."
-        )
-    return found
-
-
-def _mode_loss_warning(report: Report) -> list[str]:
-    """Return a warning where images became better and fewer kinds of them are left."""
-    if not {"fid", "recall"} <= set(report.metrics):
-        return []
-    before, after = report.before["recall"], report.after["recall"]
-    fell = before.mean - after.mean > before.std + after.std
-    if not fell or report.after["fid"].mean >= report.before["fid"].mean:
-        return []
-    return [
-        f"Recall fell from {shown('recall', before)} to {shown('recall', after)} % while FID "
-        "improved: some kinds of images are made no more (mode loss)."
-    ]
-
-
-def _is_better(metric: str, value: float, *, than: float) -> bool:
-    return value < than if METRICS[metric].better == "lower" else value > than
-
-
-def metric_title(metric: str, extractor: ExtractorName | None) -> str:
-    """Return a metric's name for a reader, with the extractor's where it is not the usual one."""
-    about = METRICS[metric]
-    usual = extractor is None or about.published_features in (extractor.name, "lpips")
-    return about.label if usual else f"{about.label} ({extractor.name} features)"
-
-
-def shown(metric: str, result: MetricResult) -> str:
-    """Return "24.1 ± 0.2": one decimal, or two where the mean or its spread is small."""
-    times = METRICS[metric].times
-    mean, std = result.mean * times, result.std * times
-    if len(result.values) < 2:
-        return number(metric, result.mean)
-    decimals = 1 if mean >= 10 and std >= 0.1 else 2
-    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
-
-
-def number(metric: str, value: float) -> str:
-    """Return a value, or a difference of two, of a metric as it is shown."""
-    value *= METRICS[metric].times
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def change(before: MetricResult, after: MetricResult) -> str:
-    """Return the relative change in per cent."""
-    if before.mean <= 0:  # a KID may be
-        return "n/a"
-    return f"{after.mean / before.mean - 1:+.0%}".replace("%", " %")
-
-
-def _unit(metric: str) -> str:
-    return f", {METRICS[metric].unit}" if METRICS[metric].unit else ""
-
-
-def _spread_warning(
-    metric: str, title: str, before: MetricResult, after: MetricResult
-) -> list[str]:
-    if len(after.values) < 2:
-        return [f"{title} was measured on one set of images: its spread is not known."]
-    spread = before.std + after.std
-    if abs(after.mean - before.mean) < spread:
-        return [
-            f"{title} changed by {number(metric, abs(after.mean - before.mean))}, "
-            f"less than the spread over seeds ({number(metric, spread)}): no change was shown."
-        ]
-    return []
-
-
 def facts(report: Report) -> dict[str, str]:
     """Return what was measured on what, by what: a name and some words each."""
     environment, reference = report.environment, report.reference
@@ -303,7 +182,7 @@ def _score(score: SampleScore | None) -> str:
         return "not measured"
     count = "an unknown number of" if score.images is None else f"{score.images:,}"
     values = ", ".join(
-        f"{METRICS[name].label} {number(name, value)}{_unit(name).replace(',', '')}"
+        f"{METRICS[name].label} {number(name, value)}{unit(name).replace(',', '')}"
         for name, value in score.metrics.items()
     )
     return f"{values} of {count} images"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -52,6 +52,7 @@ def report_of(run: Run) -> report.Report:
         nearness=likeness(run.folder, "nearness", Nearness, at),
         teacher_sees=_teacher_sees(parts),
         pair_seeds=tuple(pair_seeds(run)),
+        notes=tuple(notes(rows)),
         recipe=recipe.model_dump(mode="json"),
     )
 
@@ -126,6 +127,31 @@ def _sampler(run: Run) -> str | None:
 def _teacher_sees(parts: Parts) -> str | None:
     """Return the size of the images that the teacher sees, where it is not the student's."""
     return size(parts.adapter.image_shape) if isinstance(parts.adapter, Downsample) else None
+
+
+def notes(rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """Yield what happened while training that a reader must know."""
+    for row in rows:
+        if "rollback" in row:
+            back = cast(dict, row["rollback"])
+            yield (
+                f"The run diverged and went back from {back['from_images_seen']:,} to "
+                f"{back['to_images_seen']:,} images ({back['why']}); learning rates were "
+                f"{back['lr_scale']:g} times the recipe's from there on."
+            )
+        if "early_stop" in row:
+            best = cast(dict, row["early_stop"])
+            yield (
+                f"The run ended early, as its recipe asks: {best['metric']} had not improved since "
+                f"{best['at_images_seen']:,} images."
+            )
+        if "best" in row:
+            best = cast(dict, row["best"])
+            yield (
+                f"The end is not the best that was measured: {best['metric']} was "
+                f"{best['value']:.4g} after {best['at_images_seen']:,} images, kept in "
+                f"`{best['checkpoint']}`."
+            )
 
 
 def _curve(run: Run, rows: Sequence[Mapping[str, object]]) -> report.Curve:

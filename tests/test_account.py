@@ -1,0 +1,71 @@
+"""What a report says of a run: every metric of its recipe, single images, and what happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from refine_command import call, tiny_recipe
+
+from refinement import account
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """Sixty grey images of the tiny student's size."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    pixels = np.random.RandomState(1).randint(0, 256, (60, 8, 8)).astype(np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{index:03d}.png")
+    return folder
+
+
+def test_every_metric_of_the_recipe_is_in_the_report(digits: Path, tmp_path: Path) -> None:
+    """Against real images: each metric before and after, halves of them, neighbours as pictures."""
+    recipe = tiny_recipe(tmp_path)
+    outcome = call(
+        *("--gan", recipe, f"evaluation.reference={digits}", "evaluation.teacher=sample"),
+        *("evaluation.metrics=[kid,fid,precision,recall]", "evaluation.definitions.kid_subsets=4"),
+        *("evaluation.definitions.kid_subset_size=30", "evaluation.images=60"),
+        *("evaluation.images_while_training=20", "--outdir", tmp_path / "runs"),
+    )
+    assert outcome.code == 0, outcome.stderr
+    folder = tmp_path / "runs" / "00000-tiny" / "report"
+    document = json.loads((folder / "report.json").read_text())
+    metrics = ["kid", "fid", "precision", "recall"]
+    assert list(document["before"]) == list(document["after"]) == metrics
+    assert set(document["teacher_samples"]["metrics"]) == set(metrics)
+    assert document["real_halves"]["images"] == 30 and document["real_halves"]["metrics"]["fid"] > 0
+    assert document["curve"]["metric"] == "fid"  # 20 images are too few for a subset of 30
+    assert document["drift"]["images"] == 60 and document["nearness"]["real_images"] == 60
+    assert (folder / "report.html").read_text().count('alt="real"') == 8
+
+
+def test_what_does_not_fit_the_metrics_is_said_before_anything_is_written(
+    digits: Path, tmp_path: Path
+) -> None:
+    """A KID of 1,000 images of 60 real ones cannot be: said at once, no run folder is left."""
+    outcome = call(
+        *("--gan", tiny_recipe(tmp_path), f"evaluation.reference={digits}"),
+        *("evaluation.metrics=[kid]", "--outdir", tmp_path / "runs"),
+    )
+    assert outcome.code == 2
+    assert "kid needs at least 1,000 real images, got 60" in outcome.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_happened_while_training_is_told() -> None:
+    """A rollback, an early end, an end that is not the best: a sentence each."""
+    known = {"metric": "fid", "value": 3.25, "at_images_seen": 8000}
+    back = {"why": "fid rose", "from_images_seen": 9000, "to_images_seen": 7000, "lr_scale": 0.25}
+    rows = [{"images_seen": 7000, "rollback": back}, {"images_seen": 9, "early_stop": known}]
+    rows.append({"images_seen": 9, "best": {**known, "checkpoint": "000000008000.pt"}})
+    told = list(account.notes(rows))
+    assert "went back from 9,000 to 7,000 images (fid rose)" in told[0] and "0.25 times" in told[0]
+    assert "ended early" in told[1] and "since 8,000 images" in told[1]
+    assert "fid was 3.25 after 8,000 images, kept in `000000008000.pt`" in told[2]
+    assert list(account.notes([{"images_seen": 3, "measured": {}}])) == []
