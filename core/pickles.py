@@ -11,6 +11,7 @@ tuple of three, come out under the same names, in the form of the PyTorch ones.
 
 from __future__ import annotations
 
+import io
 import mmap
 import pickle
 import struct
@@ -155,6 +156,24 @@ def read(path: str | Path) -> Content:
     return Content(top, reader.stored)
 
 
+def plain(content: bytes, *, what: str) -> object:
+    """Return a pickle of numbers, text, arrays and their collections, as Python 2 wrote them.
+
+    Its byte strings come back as text. what: the file's name, for errors. Raises UserError where it
+    asks for anything else, or is no whole pickle.
+    """
+    try:
+        return _Python2Reader(content).load()
+    except Refused as refusal:
+        refused = "".join(c if c.isprintable() else "?" for c in str(refusal)[:200])
+        raise UserError(
+            f"{what} asks for {refused!r}, which a pickle of numbers does not need; it was "
+            "refused, and nothing from the file was run"
+        ) from refusal
+    except _DAMAGE as error:
+        raise UserError(f"{what} is cut off or damaged: it is no whole pickle") from error
+
+
 def _from_tensorflow(top: object) -> object:
     """Return (G, D, Gs) as records by the names of today; anything else as it is."""
     if isinstance(top, TensorflowNetwork):
@@ -204,7 +223,7 @@ class _Reader(pickle._Unpickler):
     append: Callable[[object], None]
     read: Callable[[int], bytes]
 
-    def __init__(self, file: mmap.mmap) -> None:
+    def __init__(self, file: mmap.mmap | io.BytesIO) -> None:
         super().__init__(file)
         self.stored: list[StoredTensor] = []
         self._file = file
@@ -334,6 +353,25 @@ class _Reader(pickle._Unpickler):
                 raise Refused("more tensor names than any network has")
             tensors.update({f"{name}.{k}": v for k, v in child.tensors.items()})
         return tensors
+
+
+class _Python2Reader(_Reader):
+    """A reader for what Python 2 wrote, whose strings were bytes and text in one."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.encoding = "latin1"
+
+    def load_build(self) -> None:
+        state = self.stack[-1]
+        if isinstance(state, tuple) and len(state) == 5 and isinstance(state[4], str):
+            self.stack[-1] = (*state[:4], state[4].encode("latin1"))  # an array's values
+        super().load_build()
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+        **_Reader.dispatch,
+        pickle.BUILD[0]: load_build,
+    }
 
 
 def _called(target: object, args: object) -> object:

@@ -7,12 +7,10 @@ as data by core.pickles, whose stand-ins build arrays, lists and strings and run
 
 from __future__ import annotations
 
-import io
 import tarfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -120,30 +118,7 @@ def _unpickled(content: bytes, where: str) -> dict[str, object]:
     """Return a pickled dict by str names, its strings of Python 2 as str."""
     from core import pickles  # it imports torch, which takes seconds
 
-    class Reader(pickles._Reader):
-        """What core.pickles reads networks with, for what Python 2 wrote."""
-
-        def __init__(self) -> None:
-            super().__init__(io.BytesIO(content))
-            self.encoding = "latin1"
-
-        def load_build(self) -> None:
-            state = self.stack[-1]
-            if isinstance(state, tuple) and len(state) == 5 and isinstance(state[4], str):
-                self.stack[-1] = (*state[:4], state[4].encode("latin1"))  # an array's values
-            super().load_build()
-
-        dispatch: ClassVar = {**pickles._Reader.dispatch, ord("b"): load_build}
-
-    try:
-        found = Reader().load()
-    except pickles.Refused as refusal:
-        raise UserError(
-            f"{where} asks for {str(refusal)[:200]!r}, which batches of CIFAR-10 do not need; "
-            "it was refused, and nothing from the file was run"
-        ) from refusal
-    except pickles._DAMAGE as error:
-        raise UserError(f"{where} is cut off or damaged: it is no whole pickle") from error
+    found = pickles.plain(content, what=where)
     if not isinstance(found, dict):
         raise UserError(f"{where} holds a {type(found).__name__}, expected a dict as CIFAR-10 has")
     return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in found.items()}

@@ -368,3 +368,23 @@ def test_channels_that_cannot_be_normalised_are_refused() -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match=r"model_channels 24 times .*a multiple of 16 or 32"):
         build(config)
+
+
+@pytest.mark.parametrize(
+    ("preconditioning", "setting"),
+    [
+        ("EDM", {"beta_d": 20.0}),
+        ("VP", {"sigma_data": 0.3}),
+        ("VP", {"sigma_min": 0.1}),
+        ("VE", {"C_1": 0.1}),
+        ("iDDPM", {"epsilon_t": 0.1}),
+    ],
+)
+def test_a_setting_of_another_column_is_refused(
+    preconditioning: str, setting: dict[str, float]
+) -> None:
+    """What a column of Table 1 does not know would be ignored: it is named instead."""
+    shape = {"img_resolution": 8, "img_channels": 1, "model_channels": 8}
+    (name,) = setting
+    with pytest.raises(ValidationError, match=f"{name}: not for preconditioning {preconditioning}"):
+        Config(**shape, preconditioning=preconditioning, **setting)
