@@ -35,6 +35,7 @@ from core.commands import one_sentence
 from core.distributed import World
 from core.downloads import cache_path
 from core.errors import UserError
+from core.precision import rounding_products
 from core.run_folder import RunFolder, atomic_write
 from eval import features, wording
 from refinement.listing import table as listed_runs
@@ -189,7 +190,11 @@ def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
 
 def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: bool) -> None:
     """Do a run, new (folder None) or begun, or only its report."""
-    with ending_at_once(), distributed.session(recipe.device) as world:
+    with (
+        ending_at_once(),
+        rounding_products(False),  # what is measured is float32, on a GPU too
+        distributed.session(recipe.device) as world,
+    ):
         _set_up_logging(world)
         if training and recipe.training.tensorboard:
             events.require_package()

@@ -14,8 +14,13 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import nn
 
-Precision = Literal["float32", "bfloat16"]
-DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""tf32: float32 whose products tensor cores round to 10 bits, in all networks; a CPU has none."""
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
 
 
 class Lowerable(Protocol):
@@ -26,14 +31,32 @@ class Lowerable(Protocol):
 
 @contextmanager
 def computing_in(precision: Precision, networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the body with every module of the networks that can do so computing in a precision."""
+    """Run the body with every module of the networks that can do so computing in a precision.
+
+    Around it float32 is float32, also on a GPU, where PyTorch by itself rounds convolutions.
+    """
     modules = (module for network in networks for module in network.modules())
     able = [cast(Lowerable, module) for module in modules if hasattr(module, "compute_dtype")]
     before = [module.compute_dtype for module in able]
     for module in able:
         module.compute_dtype = DTYPES[precision]
     try:
-        yield
+        with rounding_products(precision == "tf32"):
+            yield
     finally:
         for module, dtype in zip(able, before, strict=True):
             module.compute_dtype = dtype
+
+
+@contextmanager
+def rounding_products(wanted: bool) -> Iterator[None]:
+    """Run the body with or without tensor cores rounding the products of float32 (TF32)."""
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = wanted
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value

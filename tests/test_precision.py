@@ -99,6 +99,22 @@ def test_the_precision_ends_with_its_block(kind: str) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
 
 
+def _rounds() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_tensor_cores_round_where_it_is_asked_for_and_only_there() -> None:
+    """tf32 lets products be rounded, float32 forbids it, whatever held before holds after."""
+    before = _rounds()
+    with pytest.raises(RuntimeError), computing_in("tf32", []):
+        assert _rounds() == (True, True)
+        with computing_in("float32", []):
+            assert _rounds() == (False, False)
+        assert _rounds() == (True, True)
+        raise RuntimeError
+    assert _rounds() == before
+
+
 def test_training_in_bfloat16_leaves_float32_weights_that_are_measured_in_float32(
     tmp_path: Path,
 ) -> None:

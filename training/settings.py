@@ -33,8 +33,8 @@ class Config(Section):
     anneal_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images at the end over which both learning rates fall to 0."""
     precision: Precision = "float32"
-    """What diffusion networks compute in while training; weights and what is measured stay
-    float32. bfloat16 is faster where the device has it.
+    """What networks compute in while training; weights and what is measured stay float32.
+    bfloat16, in diffusion networks, is faster where the device has it; tf32, in all, on GPUs.
     """
     gradient_clip: float | None = Field(default=None, gt=0)
     """Largest norm of an update's gradient; longer ones are scaled down to it. null: no limit."""
