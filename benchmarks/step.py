@@ -42,6 +42,7 @@ from objectives import diff_instruct
 from teachers import edm
 from training import loop
 from training import state as training_state
+from training.state import TrainState
 
 _DDPMPP = {"img_channels": 3, "model_type": "SongUNet", "augment_dim": 9}
 SHAPES = {
@@ -191,21 +192,27 @@ def _serve(task: Task, line: Connection) -> None:
 def _ours(task: Task) -> Callable[[], object]:
     """Return what plays one round of ours."""
     device, column = torch.device(task.device), COLUMNS[task.column]
+    state = state_of(task.network, task.device)
+    config = loop.Config(batch_size=task.batch, precision=column.precision)
+    settings = diff_instruct.Config(shared_batch=column.shared_batch)
+    objective, alone = diff_instruct.build(settings), World(0, 1, 0, device)
+    networks = state.networks
+    return lambda: list(loop.play_round(state, objective, config, trained=networks, world=alone))
+
+
+def state_of(network: dict[str, object], device: str) -> TrainState:
+    """Return the start of `--distill`: teacher, score and student of one shape, weights drawn."""
     torch.manual_seed(0)
-    teacher = edm.build(edm.Config.model_validate(task.network))
+    teacher = edm.build(edm.Config.model_validate(network))
     teacher = teacher.to(device, memory_format=torch.channels_last)
     student = one_step_edm.from_teacher(teacher, one_step_edm.Config())
-    networks = Networks(student, copy.deepcopy(teacher), teacher)
-    config = loop.Config(batch_size=task.batch, precision=column.precision)
-    state = training_state.start(
-        networks,
+    config = loop.Config()
+    return training_state.start(
+        Networks(student, copy.deepcopy(teacher), teacher),
         student_lr=config.student_lr,
         score_lr=config.score_lr,
         optimizer=config.optimizer,
     )
-    settings = diff_instruct.Config(shared_batch=column.shared_batch)
-    objective, alone = diff_instruct.build(settings), World(0, 1, 0, device)
-    return lambda: list(loop.play_round(state, objective, config, trained=networks, world=alone))
 
 
 def _official(task: Task) -> Callable[[], object]:
