@@ -129,7 +129,12 @@ def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Parts]:
             *("student.weights=", "student.family=stylegan2"),
             f"student.config={json.dumps({**student, 'mapping': {'num_layers': 2}})}",
             *("teacher.weights=", "teacher.family=edm", f"teacher.config={json.dumps(teacher)}"),
-            *("training.batch_size=2", "evaluation.reference=", "device=cpu"),
+            *(
+                "training.batch_size=2",
+                "evaluation.reference=",
+                "evaluation.metrics=[fid]",
+                "device=cpu",
+            ),
         ],
     )
     return recipe, load_parts(recipe, ALONE)
