@@ -29,6 +29,7 @@ from eval import measuring
 from eval.collecting import Collected, Collector
 from eval.features import Extractor
 from eval.metrics import frechet_distance
+from eval.progress import Show, silent
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +67,13 @@ def reference_statistics(
     keep: measuring.Config | None = None,
     batch_size: int = 250,
     cache: Path | None = None,
+    show: Show = silent,
 ) -> Reference:
     """Return the reference of an image zip, image folder or .npz, given as a path or a URL.
 
     keep: how many images' features are kept, and which; None keeps mean and covariance only.
     cache: folder of kept references, by default `references` in the project's cache folder.
+    show: shows how far it is.
     Raises UserError where the source cannot be read or does not fit the extractor.
     """
     path = local_file(source)
@@ -84,7 +87,7 @@ def reference_statistics(
     path = folder / f"{images.sha256[:24]}-{extractor.sha256[:24]}{kept}.npz"
     if path.exists():
         return read_npz(path, extractor)
-    reference = measure(images, extractor, keep=keep, batch_size=batch_size)
+    reference = measure(images, extractor, keep=keep, batch_size=batch_size, show=show)
     save_npz(path, reference)
     return reference
 
@@ -95,8 +98,11 @@ def measure(
     *,
     keep: measuring.Config | None = None,
     batch_size: int = 250,
+    show: Show = silent,
 ) -> Reference:
-    """Return the reference of an image set, from the features of all its images; keep: as above."""
+    """Return the reference of an image set, from the features of all its images; keep and show: as
+    above.
+    """
     _log.info("reading %d reference images of %s", len(images), images.path)
     even, odd = (Collector({"moments"}, images=len(images)) for _ in range(2))
     whole = Collector(
@@ -105,13 +111,15 @@ def measure(
         kept_images=0 if keep is None else keep.kept_images,
         random_seed=0 if keep is None else keep.random_seed,
     )
-    for batch in DataLoader(images, batch_size=batch_size):
-        features = extractor(batch)
-        first = whole.collected.images
-        whole.add(features)
-        for half, start in ((even, first % 2), (odd, 1 - first % 2)):
-            if len(features) > start:
-                half.add(features[start::2])
+    with show(len(images)) as advance:
+        for batch in DataLoader(images, batch_size=batch_size):
+            features = extractor(batch)
+            first = whole.collected.images
+            whole.add(features)
+            for half, start in ((even, first % 2), (odd, 1 - first % 2)):
+                if len(features) > start:
+                    half.add(features[start::2])
+            advance(len(batch))
     halves = even.collected, odd.collected
     both = halves[0].merge(halves[1])
     return Reference(

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from core.config import Section
 from core.distributed import World, gather_rows, shard
 from core.errors import UserError
-from eval import features, measuring, path_length, reference
+from eval import features, measuring, path_length, progress, reference
 from eval.collecting import Collected, Need, merged_over_ranks
 from eval.features import Extractor
 from eval.measuring import METRICS, Request, parse
 from eval.metrics import MetricResult, frechet_distance
 from eval.path_length import WALKS, Distance
+from eval.progress import Advance, Show, silent
 from eval.reference import Reference
 from eval.samples import ImagesOf, evaluating
 
@@ -83,6 +84,8 @@ class Suite:
     """Between images, for path lengths."""
     batch_size: int
     world: World
+    show: Show = silent
+    """Shows how far a measurement is."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -97,6 +100,17 @@ class Suite:
         also: what is needed besides. Every rank gets the same; the number of ranks and the batch
         size change it by rounding only.
         """
+        with self.show(len(seeds)) as advance:
+            return self._collected(images_of, seeds, also=also, advance=advance)
+
+    def _collected(
+        self,
+        images_of: ImagesOf,
+        seeds: Sequence[int],
+        *,
+        also: Collection[Need] = (),
+        advance: Advance,
+    ) -> Collected:
         taken = measuring.collector(
             self.requests,
             self.definitions,
@@ -105,16 +119,19 @@ class Suite:
             first=shard(len(seeds), self.world).start,
             also=also,
         )
-        for batch in self._features(images_of, seeds):
+        for batch in self._features(images_of, seeds, advance):
             taken.add(batch)
         return merged_over_ranks(taken.collected, self.world)
 
     def features(self, images_of: ImagesOf, seeds: Sequence[int]) -> Tensor:
         """Return the features [N, D] of these seeds' images, on the CPU, the same on every rank."""
-        found = torch.cat(list(self._features(images_of, seeds)))
+        with self.show(len(seeds)) as advance:
+            found = torch.cat(list(self._features(images_of, seeds, advance)))
         return gather_rows(found, self.world).cpu()
 
-    def _features(self, images_of: ImagesOf, seeds: Sequence[int]) -> Iterator[Tensor]:
+    def _features(
+        self, images_of: ImagesOf, seeds: Sequence[int], advance: Advance
+    ) -> Iterator[Tensor]:
         """Yield the features of this rank's share of the seeds, batch by batch."""
         if len(seeds) < self.world.size:
             raise UserError(
@@ -124,6 +141,7 @@ class Suite:
         for start in range(share.start, share.stop, self.batch_size):
             batch = seeds[start : min(start + self.batch_size, share.stop)]
             yield self.extractor(images_of(batch))
+            advance(len(batch) * self.world.size)  # the other ranks are about as far
 
     def measured(self, made: Collected, *, real: Reference | None = None) -> dict[str, float]:
         """Return the metrics of what was collected, apart from path lengths.
@@ -152,15 +170,21 @@ class Suite:
         Set k holds the images of seeds first_seed + k * images and following. student: whose
         latents are walked for path lengths; None leaves them out.
         """
+        looks_at_features = set(self.metrics) != {"ppl"}
+        walks = student is not None and "ppl" in self.metrics
         found: dict[str, list[float]] = {}
-        for start in range(first_seed, first_seed + seeds * images, images):
-            values: dict[str, float] = {}
-            if set(self.metrics) != {"ppl"}:
-                values = self.measured(self.collected(images_of, range(start, start + images)))
-            if student is not None and "ppl" in self.metrics:
-                values["ppl"] = self._path_length(student, images=images, first_seed=start)
-            for metric, value in values.items():
-                found.setdefault(metric, []).append(value)
+        with self.show(seeds * images * (looks_at_features + walks)) as advance:
+            for start in range(first_seed, first_seed + seeds * images, images):
+                values: dict[str, float] = {}
+                if looks_at_features:
+                    of_range = range(start, start + images)
+                    values = self.measured(self._collected(images_of, of_range, advance=advance))
+                if walks:
+                    values["ppl"] = self._path_length(
+                        student, images=images, first_seed=start, advance=advance
+                    )
+                for metric, value in values.items():
+                    found.setdefault(metric, []).append(value)
         return {m: MetricResult.of(found[m]) for m in self.metrics if m in found}
 
     def while_training(self, *, images: int) -> Suite | None:
@@ -203,12 +227,20 @@ class Suite:
             config=self.definitions,
         )
 
-    def _path_length(self, student: nn.Module, *, images: int, first_seed: int) -> float:
+    def _path_length(
+        self, student: nn.Module, *, images: int, first_seed: int, advance: Advance
+    ) -> float:
         assert self.distance is not None
+        between = self.distance.function
+
+        def counted(first: Tensor, second: Tensor) -> Tensor:
+            advance(len(first) * self.world.size)
+            return between(first, second)
+
         with evaluating(student):
             return path_length.perceptual_path_length(
                 student,
-                self.distance,
+                self.distance._replace(function=counted),
                 WALKS[_walks(self.requests)[0]],
                 images=images,
                 first_seed=first_seed,
@@ -238,6 +270,7 @@ def load(config: Config, *, image_shape: tuple[int, int, int], world: World) -> 
         _distance(config, world) if _walks(requests) else None,
         config.batch_size,
         world,
+        progress.of_rank(world),
     )
 
 
@@ -248,7 +281,7 @@ def read_reference(source: str, suite: Suite, *, image_shape: tuple[int, int, in
     """
     keeps = "features" in measuring.needs(suite.requests)
     found = reference.reference_statistics(
-        source, suite.extractor, keep=suite.definitions if keeps else None
+        source, suite.extractor, keep=suite.definitions if keeps else None, show=suite.show
     )
     if found.image_shape not in (None, tuple(image_shape)):
         raise UserError(

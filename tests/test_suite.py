@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -117,6 +119,25 @@ def test_path_lengths_are_measured_where_a_student_is_given() -> None:
     found = measures.over_seeds(_images_of(student), images=20, seeds=2, student=student)
     assert list(found) == ["fid", "ppl"] and found["ppl"].std > 0
     assert list(measures.over_seeds(_images_of(student), images=20)) == ["fid"]
+
+
+def test_a_measurement_tells_of_every_image() -> None:
+    """Two ranges of 30 images are 60 in all, path lengths as many again; each is told of."""
+    totals, done = list[int](), list[int]()
+
+    @contextmanager
+    def show(images: int) -> Iterator[Callable[[int], None]]:
+        totals.append(images)
+        yield done.append
+
+    student = Linear()
+    distance = suite.path_length.Distance(
+        "square", "", lambda a, b: (a - b).square().sum((1, 2, 3))
+    )
+    measures = replace(_suite("fid", "ppl"), distance=distance, show=show)
+    images_of = _images_of(student)
+    measures.over_seeds(images_of, images=30, seeds=2, student=student)
+    assert (totals, sum(done), max(done)) == ([120], 120, 7)
 
 
 def test_while_training_only_what_few_images_can_give() -> None:

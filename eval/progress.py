@@ -1,0 +1,90 @@
+"""How far a measurement is: a bar on a terminal, elsewhere a plain line once in a while.
+
+    with show(50_000) as advance:      Show: told how many images are to come
+        advance(250)                   Advance: told how many have come
+
+Both are plain callables, so that whoever measures imports no terminal. Only time is looked at: a
+measurement of a few seconds says nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+
+import click
+from tqdm import tqdm
+
+from core.distributed import World
+
+Advance = Callable[[int], None]
+"""Takes how many more images are done."""
+Show = Callable[[int], AbstractContextManager[Advance]]
+"""Takes how many images are to be done in all."""
+
+_FIRST_LINE_SECONDS = 15.0
+_LONGEST_PAUSE_SECONDS = 120.0
+_BAR_AFTER_SECONDS = 1.0
+
+
+@contextmanager
+def silent(images: int) -> Iterator[Advance]:
+    """Show nothing."""
+    yield lambda done: None
+
+
+def of_rank(world: World) -> Show:
+    """Return what shows progress on stderr; on all ranks but the first, what shows nothing."""
+    return on_stderr if world.is_main else silent
+
+
+@contextmanager
+def on_stderr(images: int) -> Iterator[Advance]:
+    """Show images done, images per second and the time left."""
+    if not sys.stderr.isatty():
+        yield Lines(images, lambda line: click.echo(line, err=True)).advance
+        return
+    with tqdm(
+        total=images,
+        unit=" images",
+        leave=False,
+        dynamic_ncols=True,
+        delay=_BAR_AFTER_SECONDS,
+    ) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(min(done, images - bar.n))
+
+        yield advance
+
+
+class Lines:
+    """Says how far it is 15 seconds after the start, then after pauses of twice the length each, up
+    to 2 minutes.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        say: Callable[[str], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._images, self._say, self._clock = images, say, clock
+        self._done = 0
+        self._started_at = self._said_at = clock()
+        self._pause = _FIRST_LINE_SECONDS
+
+    def advance(self, done: int) -> None:
+        """Take how many more images are done; say so where it is time."""
+        self._done = min(self._done + done, self._images)
+        now = self._clock()
+        if now - self._said_at < self._pause or self._done == self._images:
+            return
+        self._said_at, self._pause = now, min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+        rate = self._done / (now - self._started_at)
+        left = timedelta(seconds=round((self._images - self._done) / rate))
+        self._say(f"{self._done:,} of {self._images:,} images, {rate:.3g} images/s, {left} left")
