@@ -51,12 +51,14 @@ def computing_in(precision: Precision, networks: Iterable[nn.Module]) -> Iterato
 @contextmanager
 def rounding_products(wanted: bool) -> Iterator[None]:
     """Run the body with or without tensor cores rounding the products of float32 (TF32)."""
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [flag.allow_tf32 for flag in flags]
-    for flag in flags:
-        flag.allow_tf32 = wanted
+    before = bool(torch.backends.cuda.matmul.allow_tf32), torch.backends.cudnn.allow_tf32
+    _let_round(wanted, wanted)
     try:
         yield
     finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
+        _let_round(*before)
+
+
+def _let_round(matrix_products: bool, convolutions: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = matrix_products
+    torch.backends.cudnn.allow_tf32 = convolutions

@@ -35,7 +35,7 @@ from eval.wording import (
 _LARGEST = 256
 """Pixels of an image's longer side in the page; larger ones are shrunk."""
 _WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 96, 18, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 122, 18, 40
 """Size and margins of the curve, in units of its drawing."""
 
 
@@ -60,7 +60,8 @@ def _headline(report: Report) -> str:
     """Return the first metric in large letters, and whether its change is more than chance."""
     if not report.metrics:
         return '<p class="verdict">Nothing was measured.</p>'
-    metric, before, after, change, _ = rows(report)[0]
+    _, before, after, change, _ = rows(report)[0]
+    metric = metric_title(report.metrics[0], report.extractor)
     return (
         f'<section class="headline"><p class="metric">{escape(metric)}</p>'
         f'<p class="numbers"><span>{before}</span><span class="arrow">→</span>'
@@ -90,7 +91,7 @@ def _table(report: Report) -> str:
     return (
         f"<section><h2>What was measured</h2><div class=wide><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{lines}</tbody></table></div>"
-        f"<p>↓ lower is better, ↑ higher is better. {escape(sets(report))}</p></section>"
+        f"<p>{escape(sets(report))}</p></section>"
     )
 
 
@@ -255,7 +256,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: anywhere }
 thead th { color: var(--quiet); font-weight: 500 }
-table:not(.facts) td { white-space: nowrap }
+.wide table { min-width: 30rem }
+table:not(.facts) td, table:not(.facts) tbody th { white-space: nowrap }
 table:not(.facts) td, table:not(.facts) thead th:not(:first-child) { text-align: right }
 .facts th { width: 11rem; font-weight: 500; color: var(--quiet) }
 code, pre { font: .86em/1.45 ui-monospace, Menlo, Consolas, monospace }

@@ -38,8 +38,8 @@ def _features_warning(report: Report) -> list[str]:
     others = [m for m in report.metrics if METRICS[m].published_features not in (name, "lpips")]
     if not others:
         return []
-    titles = " and ".join(METRICS[metric].label for metric in others)
-    usual = " and ".join(dict.fromkeys(METRICS[metric].published_features for metric in others))
+    titles = _listed([METRICS[metric].label for metric in others])
+    usual = _listed([METRICS[metric].published_features for metric in others])
     return [
         f"{titles} of features of `{name}`, not of {usual}: not comparable with published values."
     ]
@@ -93,3 +93,9 @@ def _spread_warning(
             f"less than the spread over seeds ({number(metric, spread)}): no change was shown."
         ]
     return []
+
+
+def _listed(names: list[str]) -> str:
+    """Return "a, b and c"; what comes twice is named once."""
+    *most, last = dict.fromkeys(names)
+    return f"{', '.join(most)} and {last}" if most else last

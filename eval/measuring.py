@@ -50,7 +50,7 @@ METRICS = {
     "kid": Metric(
         *("KID", "Kernel Inception Distance", "lower", "features", "inception"),
         times=1e3,
-        unit="x 10^-3",
+        unit="10⁻³",
     ),
     "inception_score": Metric(
         *("IS", "Inception Score", "higher", "classes", "inception"), compares=False

@@ -28,7 +28,7 @@ def rows(report: Report) -> list[Row]:
     teacher = report.teacher_samples.metrics if report.teacher_samples else {}
     return [
         Row(
-            metric_title(name, report.extractor) + unit(name) + f" {_ARROWS[METRICS[name].better]}",
+            METRICS[name].label + unit(name) + f" {_ARROWS[METRICS[name].better]}",
             shown(name, report.before[name]),
             shown(name, report.after[name]),
             change(report.before[name], report.after[name]),
@@ -40,7 +40,9 @@ def rows(report: Report) -> list[Row]:
 
 def columns(report: Report) -> tuple[str, ...]:
     """Return the titles of a table of rows; the teacher's column only where there is one."""
-    titles = ("metric", "before", "after", "change")
+    usual = report.extractor is None or report.extractor.name == "inception"
+    first = "metric" if usual else f"{report.extractor.name} features"
+    titles = (first, "before", "after", "change")
     return (*titles, "teacher") if report.teacher_samples else titles
 
 
@@ -59,7 +61,7 @@ def headline(report: Report) -> str:
 def summary(report: Report) -> str:
     """Return a small before/after table for the terminal."""
     titles = columns(report)
-    table = [("", *titles[1:]), *(row[: len(titles)] for row in rows(report))]
+    table = [titles, *(row[: len(titles)] for row in rows(report))]
     widths = [max(len(row[column]) for row in table) for column in range(len(titles))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]).rstrip()
@@ -83,14 +85,12 @@ def verdict(report: Report) -> str:
 
 
 def sets(report: Report) -> str:
-    """Return on how many images the metrics are, in a sentence."""
+    """Return on how many images the metrics are, and which way is better, in a sentence or two."""
     count = len(report.seeds)
+    seeds = "before and after on the same seeds. ↓ lower is better, ↑ higher."
     if count == 1:
-        return f"One set of {report.images:,} images; before and after on the same seeds."
-    return (
-        f"Mean ± standard deviation over {count} sets of {report.images:,} images; "
-        "before and after on the same seeds."
-    )
+        return f"One set of {report.images:,} images; {seeds}"
+    return f"Mean ± standard deviation over {count} sets of {report.images:,} images; {seeds}"
 
 
 def levels(report: Report) -> dict[str, float]:
@@ -159,7 +159,7 @@ def facts(report: Report) -> dict[str, str]:
         "student": _file(report.student),
         "teacher": _file(report.teacher),
         "teacher's own samples": _score(report.teacher_samples),
-        "teacher's sampler": report.sampler or "none",
+        **({"teacher's sampler": report.sampler} if report.sampler else {}),
         "half of the real images against the other": _score(report.real_halves),
         "images seen in training": f"{report.images_seen:,}{_speed(report)}",
         "started, finished": f"{report.started_at}, {report.finished_at}",

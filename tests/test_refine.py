@@ -66,8 +66,8 @@ def test_a_run_leaves_its_files_and_no_others(finished: Finished) -> None:
 def test_a_run_ends_with_a_table_and_the_path_of_its_report(finished: Finished) -> None:
     """Standard output holds the table before and after, and where the report is."""
     header, row, *_ = finished.outcome.stdout.strip().splitlines()
-    assert header.split() == ["before", "after", "change"]
-    assert row.startswith("FID (pixels features)")
+    assert header.split() == ["pixels", "features", "before", "after", "change"]
+    assert row.startswith("FID ↓ ")
     assert f"report: {finished.folder.report / 'report.html'}" in finished.outcome.stdout
 
 

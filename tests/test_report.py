@@ -90,8 +90,8 @@ MANY = replace(
 def test_a_metric_is_shown_in_its_unit_and_says_which_way_is_better() -> None:
     """KID is shown in thousandths, shares in per cent; arrows point where better is."""
     _, recall, kid = wording.rows(MANY)
-    assert recall[:4] == ("Recall (mnist32 features), % ↑", "40.5 ± 0.7", "30.5 ± 0.7", "-25 %")
-    assert kid[:3] == ("KID (mnist32 features), x 10^-3 ↓", "2.50 ± 0.71", "1.00 ± 0.00")
+    assert recall[:4] == ("Recall, % ↑", "40.5 ± 0.7", "30.5 ± 0.7", "-25 %")
+    assert kid[:3] == ("KID, 10⁻³ ↓", "2.50 ± 0.71", "1.00 ± 0.00")
 
 
 def test_a_recall_that_fell_while_the_distance_improved_is_named() -> None:
@@ -188,7 +188,7 @@ def test_warnings_say_what_a_reader_must_know(change: dict[str, object], message
 def test_summary_is_a_small_table() -> None:
     """The terminal gets a line a metric below a heading, columns aligned, and the warnings."""
     lines = wording.summary(REPORT).splitlines()
-    assert lines[0].split() == ["before", "after", "change", "teacher"]
+    assert lines[0].split() == ["mnist32", "features", "before", "after", "change", "teacher"]
     assert lines[1].endswith("24.0 ± 0.2  15.3 ± 0.1   -36 %     7.00")
     assert len(lines[0]) == len(lines[1])
     assert lines[2].startswith("! ")
