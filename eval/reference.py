@@ -32,6 +32,8 @@ from eval.metrics import frechet_distance
 from eval.progress import Show, silent
 
 _log = logging.getLogger(__name__)
+_TORCH_ZIPS = (".pt", ".pth", ".ckpt", ".bin")
+"""Names under which torch saves zips that hold no images."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def reference_statistics(
     path = local_file(source)
     if path.suffix == ".npz":
         return read_npz(path, extractor)
-    images = Images(path)
+    images = image_set(path)
     if len(images) < 2:
         raise UserError(f"{path} holds one image: reference statistics need at least 2")
     folder = cache_path("references").parent / "references" if cache is None else cache
@@ -90,6 +92,22 @@ def reference_statistics(
     reference = measure(images, extractor, keep=keep, batch_size=batch_size, show=show)
     save_npz(path, reference)
     return reference
+
+
+def is_image_set(path: Path) -> bool:
+    """Return whether a path is, by its content, one that `image_set` opens or says what is wrong
+    with: a folder, or a zip that is not one of torch's.
+    """
+    if path.is_dir():
+        return True
+    with path.open("rb") as file:
+        begins_as_zip = file.read(2) == b"PK"
+    return begins_as_zip and path.suffix not in _TORCH_ZIPS
+
+
+def image_set(path: Path) -> Images:
+    """Return the images of a zip or folder. Raises UserError where it holds none."""
+    return Images(path)
 
 
 def measure(

@@ -1,0 +1,324 @@
+"""`python -m eval`: metrics of any weights or images, reference statistics, reports of runs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import click
+import torch
+from torch import nn
+
+import generators
+import teachers
+from core import config, distributed, plugins, weights
+from core.commands import one_sentence
+from core.distributed import World
+from core.downloads import local_file, sha256_of
+from core.errors import UserError
+from core.precision import rounding_products
+from core.protocols import Denoiser
+from core.run_folder import RunFolder
+from core.weights import SavedNetwork
+from eval import features, measuring, progress, scorecard, scoring, subjects, suite
+from eval import reference as references
+from eval.measuring import METRICS
+from eval.subjects import Kind, Subject
+from teachers import sampling
+
+_log = logging.getLogger(__name__)
+_TITLES = {
+    "all": "All of them, as far as they can be measured",
+    "is": METRICS["inception_score"].title,
+    "pr": "improved precision and recall",
+    **{name: about.title for name, about in METRICS.items()},
+}
+
+
+class _Commands(click.Group):
+    """Commands, among them every name that asks for metrics."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return ["all", *scoring.ALL, *super().list_commands(context)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in self.commands:
+            return self.commands[name]
+        try:
+            measuring.parse(_names(name))
+        except UserError as error:
+            known = ", ".join(self.commands)
+            raise click.UsageError(f"{error}; or one of the commands {known}") from error
+        command = copy.copy(_measure)
+        command.name, command.short_help = name, _TITLES.get(name, name)
+        return command
+
+
+def _names(command: str) -> tuple[str, ...]:
+    """Return the metrics that a command asks for: all, one, or several with commas between."""
+    return scoring.ALL if command == "all" else tuple(command.split(","))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    subcommand_metavar="METRIC|reference|report …",
+)
+def main() -> None:
+    """Measure what weights or images are worth, and compare runs.
+
+    \b
+    python -m eval fid student.safetensors --reference mine.zip
+    python -m eval fid50k_full,kid50k_full mine.pkl --reference cifar10.zip --json
+    python -m eval all edm-cifar10-32x32-uncond-vp --reference cifar10.zip --sampler steps=18
+    python -m eval fid,pr images.zip --reference mine.zip --extractor dinov2-vit-b-14
+    torchrun --nproc_per_node=8 -m eval all student.safetensors --reference mine.zip
+    python -m eval reference mine.zip mine.npz
+    python -m eval report runs/00000-first runs/00001-second
+
+    A METRIC is one of those below, a published name such as fid50k_full, kid50k_full, is50k,
+    pr50k3_full or ppl2_wend, which also says of how many images, or several with commas between.
+    docs/evaluating.md says what each number means.
+    """
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source", metavar="WEIGHTS|IMAGES")
+@click.option(
+    "--reference", metavar="SOURCE", help="Real images (zip, folder) or their statistics (.npz)."
+)
+@click.option(
+    "--images",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Generated images of each value.  [default: as the name says, else 50,000]",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Values, each of images of its own: they give mean and spread.  [default: 1]",
+)
+@click.option(
+    "--first-seed",
+    type=click.IntRange(min=0, max=2**32 - 1),
+    metavar="N",
+    help="Seed of the first image.  [default: 0]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=250, show_default=True, metavar="N"
+)
+@click.option(
+    "--extractor",
+    metavar="NAME",
+    help="What features are compared: inception, vgg16, clip-vit-b-32, dinov2-vit-b-14, mnist32, "
+    "pixels or a classifier's weights file.  [default: that of published values]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--set",
+    "definitions",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A definition of the metrics, such as kid_subsets=10.",
+)
+@click.option(
+    "--sampler",
+    "sampler",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="How a teacher is sampled, such as steps=18.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, and nothing else.")
+@click.pass_context
+@one_sentence(stopped="stopped; nothing was measured to its end")
+def _measure(
+    context: click.Context,
+    source: str,
+    reference: str | None,
+    images: int | None,
+    seeds: int | None,
+    first_seed: int | None,
+    batch_size: int,
+    extractor: str | None,
+    device: str,
+    definitions: tuple[str, ...],
+    sampler: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure WEIGHTS (a student or a teacher: a pickle of StyleGAN, EDM or EDM2, or our own file;
+    path, URL, short name of a published teacher, or a run's folder) or IMAGES (a zip or folder).
+
+    A student's image follows from its seed alone; a teacher is sampled from the seed's noise, with
+    its authors' settings unless --sampler gives others. Images are compared as they are, all of
+    them. What cannot be measured is refused before an image is made.
+
+    Exit code 2: bad input. Progress and remarks go to stderr.
+    """
+    name = str(context.info_name)
+    names = _names(name)
+    settings = _settings(
+        metrics=names,
+        reference=reference,
+        extractor=extractor or scoring.usual_extractor(names),
+        images=images or scoring.usual_images(names),
+        seeds=seeds or 1,
+        batch_size=batch_size,
+        definitions=config.with_overrides({}, definitions),
+    )
+    seeded = {"--images": images, "--seeds": seeds, "--first-seed": first_seed}
+    with rounding_products(False), distributed.session(device) as world:
+        _set_up_logging(world)
+        with distributed.main_first(world):
+            subject = _subject(source, sampler, world)
+        _check_options(subject, seeded)
+        measurement = scoring.prepare(
+            subject,
+            settings,
+            world=world,
+            first_seed=first_seed or 0,
+            leaving_out=name == "all",
+        )
+        card = scoring.measure(measurement)
+        if world.is_main:
+            click.echo(scorecard.to_json(card) if as_json else scorecard.table(card))
+
+
+def _settings(**settings: object) -> suite.Config:
+    given = {key: value for key, value in settings.items() if value is not None}
+    return config.validate(suite.Config, given, source="the command line")
+
+
+def _check_options(subject: Subject, seeded: dict[str, int | None]) -> None:
+    """Raise UserError for an option of generated images where images lie in files."""
+    given = [option for option, value in seeded.items() if value is not None]
+    if subject.files is not None and given:
+        raise UserError(
+            f"{subject.source} is a set of images, all {subject.files:,} of which are measured: "
+            f"leave out {' and '.join(given)}"
+        )
+
+
+def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
+    """Return what a path, a URL or a short name stands for."""
+    settings = config.validate(
+        sampling.Config, config.with_overrides({}, sampler), source="--sampler"
+    )
+    path = _located(source)
+    kind = _kind(path)
+    if sampler and kind != "teacher":
+        raise UserError(f"--sampler is of a teacher, and {source} holds {_HELD[kind]}")
+    if kind == "images":
+        return subjects.of_images(references.image_set(path), source=source)
+    load = generators.load if kind == "student" else teachers.load
+    network = cast(nn.Module, load(path))
+    network.to(world.device, memory_format=torch.channels_last)
+    named = {"source": source, "sha256": sha256_of(path), "device": world.device}
+    if kind == "student":
+        return subjects.of_student(network, **named)
+    return subjects.of_teacher(
+        network,
+        partial(sampling.sample, config=settings),
+        described=sampling.described(cast(Denoiser, network), settings),
+        **named,
+    )
+
+
+_HELD = {"student": "a student", "images": "images"}
+
+
+def _located(source: str) -> Path:
+    """Return the local file or folder of a path, a URL or a short name; of a run, its student."""
+    if teachers.located(source) != source:
+        _log.info("%s: %s", source, teachers.LICENCE)
+    path = local_file(teachers.located(source))
+    return RunFolder(path).student if RunFolder(path).recipe.is_file() else path
+
+
+def _kind(path: Path) -> Kind:
+    """Return what a file or folder holds, by its content. Raises UserError for anything else."""
+    if references.is_image_set(path):
+        return "images"
+    file = weights.read(path)
+    if isinstance(file, SavedNetwork):
+        return "teacher" if file.family in plugins.names("teachers") else "student"
+    return "teacher" if "ema" in file.records else "student"
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT.npz")
+@click.option("--extractor", default="inception", show_default=True, metavar="NAME")
+@click.option(
+    "--keep-features/--no-keep-features",
+    default=True,
+    show_default=True,
+    help="Also keep features of images, which KID, precision and recall need.",
+)
+@click.option(
+    "--kept-images",
+    type=click.IntRange(min=2),
+    default=measuring.Config().kept_images,
+    show_default=True,
+    metavar="N",
+    help="Features of so many images at most, drawn at random.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=250, show_default=True, metavar="N"
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.npz if it exists.")
+@one_sentence(stopped="stopped; nothing was written")
+def reference(
+    source: str,
+    out: Path,
+    extractor: str,
+    keep_features: bool,
+    kept_images: int,
+    batch_size: int,
+    device: str,
+    overwrite: bool,
+) -> None:
+    """Write the statistics of real images to OUT.npz, which --reference and a recipe's
+    evaluation.reference take in place of the images.
+
+    SOURCE is a zip or folder of images, CIFAR-10 as published for Python (cifar-10-python.tar.gz),
+    or statistics as EDM (.npz) and StyleGAN (.pkl) keep them. OUT.npz holds mu and sigma under
+    these names, so that EDM's programs read it too.
+    """
+    if out.suffix != ".npz":
+        raise UserError(f"{out}: a file of statistics must be named .npz to be known as one")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists: give another name, or --overwrite")
+    with rounding_products(False), distributed.session(device) as world:
+        _set_up_logging(world)
+        if world.size > 1:
+            raise UserError("a reference is measured by one process: call it without torchrun")
+        made = references.reference_statistics(
+            source,
+            features.load(extractor, world.device),
+            keep=measuring.Config(kept_images=kept_images) if keep_features else None,
+            batch_size=batch_size,
+            show=progress.of_rank(world),
+        )
+        references.save_npz(out, made)
+    count = "an unknown number of" if made.images is None else f"{made.images:,}"
+    kept = "none" if made.features is None else f"{len(made.features):,}"
+    click.echo(
+        f"wrote {out}: {len(made.mean):,} features of {count} images by {made.extractor}, "
+        f"those of {kept} images kept"
+    )
+
+
+def _set_up_logging(world: World) -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(distributed.main_only(world))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+
+
+if __name__ == "__main__":
+    main()

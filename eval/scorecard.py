@@ -1,0 +1,114 @@
+"""What a measurement gave and on what, for a terminal and as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from eval._numbers import metric_title, shown, unit
+from eval.measuring import METRICS
+from eval.metrics import MetricResult
+from eval.report import Environment, ExtractorName, ReferenceName
+
+SCHEMA_VERSION = 1
+_FEW_IMAGES = 10_000
+_ARROWS = {"lower": "↓", "higher": "↑"}
+
+
+@dataclass(frozen=True)
+class SubjectName:
+    """What was measured."""
+
+    source: str
+    sha256: str
+    kind: str
+    """student, teacher or images."""
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """The values of a measurement, and all that a colleague needs to get the same."""
+
+    subject: SubjectName
+    metrics: Mapping[str, MetricResult]
+    """Metric -> result; the names are those of measuring.METRICS."""
+    asked: tuple[str, ...]
+    """The names that were asked for, such as fid50k_full."""
+    images: int
+    """Images of each value."""
+    seeds: tuple[tuple[int, int], ...]
+    """For each value its first seed and the one after its last; for files, of what indices."""
+    reference: ReferenceName | None
+    extractor: ExtractorName
+    distance: ExtractorName | None
+    """Between images, of path lengths; None where none was measured."""
+    definitions: Mapping[str, object]
+    """Subsets, splits and neighbours of the metrics: measuring.Config."""
+    sampler: str | None
+    left_out: Mapping[str, str]
+    """Name of a metric -> why it was not measured."""
+    environment: Environment
+    seconds: float
+
+
+def to_json(card: Scorecard) -> str:
+    """Return the card as a JSON document."""
+    document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(card)}
+    document["metrics"] = {
+        name: {
+            "title": METRICS[name].title,
+            "better": METRICS[name].better,
+            "mean": result.mean,
+            "std": result.std,
+            "values": list(result.values),
+        }
+        for name, result in card.metrics.items()
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def table(card: Scorecard) -> str:
+    """Return the values, then what they are of and a reader's warnings, as lines."""
+    values = {
+        metric_title(name, card.extractor)
+        + unit(name)
+        + f" {_ARROWS[METRICS[name].better]}": shown(name, result)
+        for name, result in card.metrics.items()
+    }
+    notes = [f"! {note}" for note in _notes(card)]
+    return "\n".join([*_aligned(values), "", *_aligned(_facts(card)), *notes])
+
+
+def _facts(card: Scorecard) -> dict[str, str]:
+    subject, reference = card.subject, card.reference
+    found = {"of": f"{subject.kind} {subject.source} (sha256 {subject.sha256[:12]})"}
+    ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in card.seeds)
+    numbers = "images" if subject.kind == "images" else "seeds"
+    found["images"] = f"{len(card.seeds)} x {card.images:,}, {numbers} {ranges}"
+    if reference is not None:
+        count = "an unknown number of" if reference.images is None else f"{reference.images:,}"
+        found["against"] = f"{count} images of {reference.name} (sha256 {reference.sha256[:12]})"
+    found["features"] = f"{card.extractor.name} (sha256 {card.extractor.sha256[:12]})"
+    if card.distance is not None:
+        found["distance"] = f"{card.distance.name} (sha256 {card.distance.sha256[:12]})"
+    if card.sampler is not None:
+        found["sampler"] = card.sampler
+    found["took"] = f"{card.seconds:.1f} s on {card.environment.hardware}"
+    return found
+
+
+def _notes(card: Scorecard) -> list[str]:
+    found = [f"{name} was left out: {why}" for name, why in card.left_out.items()]
+    if "fid" in card.metrics and card.images < _FEW_IMAGES:
+        found.append(
+            f"a Fréchet distance of {card.images:,} images is too high: compare it only with "
+            "values of as many"
+        )
+    return found
+
+
+def _aligned(lines: Mapping[str, str]) -> list[str]:
+    width = max(map(len, lines), default=0)
+    return [f"{name.ljust(width)}  {value}" for name, value in lines.items()]

@@ -1,0 +1,84 @@
+"""What is measured: a network whose images seeds stand for, or images that lie in files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from data.images import Images
+from eval.samples import ImagesOf, Sampler, images_of_seeds
+
+Kind = Literal["student", "teacher", "images"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Images to measure, and where they come from."""
+
+    source: str
+    """As the user named it."""
+    sha256: str
+    """Of the weights file, or of the image set."""
+    kind: Kind
+    image_shape: tuple[int, int, int]
+    """(C, H, W)"""
+    images_of: ImagesOf
+    """From seeds, or from indices of files, to images."""
+    files: int | None = None
+    """How many images there are; None where seeds make as many as are wanted."""
+    student: nn.Module | None = None
+    """The network whose latents can be walked."""
+    sampler: str | None = None
+    """How a teacher is sampled, in words."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} `{self.source}` (sha256 {self.sha256[:12]})"
+
+
+def of_student(
+    network: nn.Module, *, source: str, sha256: str, device: torch.device | str
+) -> Subject:
+    """Return a student on the device as what is measured."""
+    return Subject(
+        source,
+        sha256,
+        "student",
+        tuple(network.image_shape),
+        images_of_seeds(network, device=device),
+        student=network,
+    )
+
+
+def of_teacher(
+    network: nn.Module,
+    sampler: Sampler,
+    *,
+    described: str,
+    source: str,
+    sha256: str,
+    device: torch.device | str,
+) -> Subject:
+    """Return a teacher on the device, with its sampler, as what is measured."""
+    return Subject(
+        source,
+        sha256,
+        "teacher",
+        tuple(network.image_shape),
+        images_of_seeds(network, sampler, device=device),
+        sampler=described,
+    )
+
+
+def of_images(images: Images, *, source: str) -> Subject:
+    """Return a set of images as what is measured; its indices take the place of seeds."""
+
+    def images_of(indices: Sequence[int]) -> Tensor:
+        return torch.stack([images[index] for index in indices])
+
+    return Subject(
+        source, images.sha256, "images", images.image_shape, images_of, files=len(images)
+    )
