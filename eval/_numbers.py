@@ -15,12 +15,12 @@ def metric_title(metric: str, extractor: ExtractorName | None) -> str:
 
 
 def shown(metric: str, result: MetricResult) -> str:
-    """Return "24.1 ± 0.2": one decimal, or two where the mean or its spread is small."""
+    """Return "24.1 ± 0.2": two decimals, fewer where mean and spread are large."""
     times = METRICS[metric].times
     mean, std = result.mean * times, result.std * times
     if len(result.values) < 2:
         return number(metric, result.mean)
-    decimals = 1 if mean >= 10 and std >= 0.1 else 2
+    decimals = 0 if mean >= 100 and std >= 1 else 1 if mean >= 10 and std >= 0.1 else 2
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 

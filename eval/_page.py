@@ -257,7 +257,7 @@ th, td { text-align: left; padding: 6px 10px 6px 0; border-bottom: 1px solid var
   vertical-align: top; overflow-wrap: anywhere }
 thead th { color: var(--quiet); font-weight: 500 }
 .wide table { min-width: 30rem }
-table:not(.facts) td, table:not(.facts) tbody th { white-space: nowrap }
+table:not(.facts) th, table:not(.facts) td { white-space: nowrap }
 table:not(.facts) td, table:not(.facts) thead th:not(:first-child) { text-align: right }
 .facts th { width: 11rem; font-weight: 500; color: var(--quiet) }
 code, pre { font: .86em/1.45 ui-monospace, Menlo, Consolas, monospace }
