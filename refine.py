@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -215,7 +214,8 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
 def _saying_what_is_saved(run: Run) -> Iterator[None]:
     """Run the body; what stops it also says how far the run is saved, and what to do with that.
 
-    A request to stop and a divergence reach all processes, of which the main one speaks.
+    A request to stop reaches all processes, of which the main one speaks; of an error that reaches
+    all, core.distributed lets the first speak.
     """
     try:
         yield
@@ -225,8 +225,6 @@ def _saying_what_is_saved(run: Run) -> Iterator[None]:
         note_session(run)
         leave(f"stopped; {_saved(run)}; {_go_on(run.folder)}")
     except loop.Diverged as error:
-        if not run.world.is_main:
-            sys.exit(2)
         how = f"see how good that is with: python refine.py --report {run.folder.path}"
         raise UserError(f"{error}\n{_saved(run)}; {how}") from error
     except UserError as error:

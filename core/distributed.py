@@ -19,13 +19,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from core._lifeline import ending_together
 from core.errors import UserError
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(hours=2)
 """How long a rank waits for another: rank 0 alone may measure a long time."""
+_START_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for rank 0 to be there."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +50,31 @@ class World:
 
 @contextmanager
 def session(device: str = "auto") -> Iterator[World]:
-    """Yield this process's world, in a process group where torchrun started several.
+    """Yield this process's world, in a process group where torchrun, or what sets the same
+    variables, started several. Those end together: where one fails or is killed, the others say so
+    and end within seconds, whatever they wait for.
 
     device: auto (CUDA if there is any), cpu, cuda or cuda:N. Raises UserError if there is none.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world = World(rank, size, local_rank, _device(device, local_rank=local_rank))
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
     if size == 1:
-        yield world
+        yield _world(device, rank=rank, size=size, local_rank=local_rank)
         return
-    is_cuda = world.device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if is_cuda else "gloo",
-        timeout=_TIMEOUT,
-        device_id=world.device if is_cuda else None,
-    )
-    try:
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=_START_TIMEOUT))
+    with ending_together(store, rank=rank, size=size, local_rank=local_rank):
+        world = _world(device, rank=rank, size=size, local_rank=local_rank)
+        is_cuda = world.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+            device_id=world.device if is_cuda else None,
+        )
         yield world
-    finally:
         dist.destroy_process_group()
 
 
@@ -137,19 +144,26 @@ def barrier(world: World) -> None:
 
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
-    """Let rank 0 run the block before the others do: it fills a cache, they find it filled."""
+    """Let rank 0 run the block before the others do: it fills a cache, they find it filled. Where
+    it fails, they do not begin.
+    """
     if not world.is_main:
         barrier(world)
-    try:
-        yield
-    finally:
-        if world.is_main:
-            barrier(world)
+    yield
+    if world.is_main:
+        barrier(world)
 
 
 def main_only(world: World) -> Callable[[logging.LogRecord], bool]:
     """Return a filter for a logging handler that lets rank 0 alone speak."""
     return lambda record: world.is_main
+
+
+def _world(device: str, *, rank: int, size: int, local_rank: int) -> World:
+    world = World(rank, size, local_rank, _device(device, local_rank=local_rank))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    return world
 
 
 def _device(name: str, *, local_rank: int) -> torch.device:

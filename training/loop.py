@@ -139,12 +139,12 @@ class _Run:
         if (last or stop or saves or self.is_over_early) and self.world.is_main:
             self.writer.save(self.state, scores=scores)
         if stop:
-            self.writer.wait()
+            self.wait_for_writing()
             raise Interrupted
 
     def go_back(self, diverged: Diverged) -> None:
         """Go on from an earlier checkpoint. Raises Diverged where that is not to be."""
-        self.writer.wait()
+        self.wait_for_writing()
         done = go_back(
             self.state,
             diverged,
@@ -160,6 +160,11 @@ class _Run:
             raise diverged
         self.watch = _watch(self.config, self.folder, self.world)
         self.status.begin_again(self.state.images_seen)
+
+    def wait_for_writing(self) -> None:
+        """Wait, on all ranks, until what was begun is on the disk: no rank then ends before it."""
+        self.writer.wait()
+        distributed.barrier(self.world)
 
     def say_what_was_best(self) -> None:
         """Write down why the run ended early, and that a checkpoint is better than its end."""

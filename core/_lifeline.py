@@ -1,0 +1,307 @@
+"""The ranks of a run end together: where one fails or is killed, all others say which, and end.
+
+A rank that waits for another inside gloo or NCCL hears of nothing else, until a timeout of hours.
+So each keeps a TCP connection to rank 0, beside all that torch does. A rank that fails says so
+there; one that is killed says nothing, and its system closes the connection. Rank 0 tells all what
+came first, and a thread of each ends its process, whatever that waits for. torchrun is not needed
+for it, and may be there. Left out: a machine that loses power or its network is missed by nobody
+here; torchrun misses it, and so does the timeout of the next collective operation.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import ipaddress
+import json
+import math
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Final, Literal
+
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from core.errors import UserError
+
+_KEY: Final = "lifeline"
+_JOIN_SECONDS = 600.0
+"""How long a rank waits for all to be there."""
+_GATHER_SECONDS = 0.5
+"""How long rank 0 waits after a first message for a graver one: what a rank meets because another
+is gone can be heard of sooner than that it is gone.
+"""
+_ANSWER_SECONDS = 3.0
+"""How long a rank that failed waits to hear whether it was the first."""
+_GRACE_SECONDS = 4.0
+"""How long a rank may take to end by itself, as with what it is writing, before it is ended."""
+_LONGEST_TEXT = 4000
+
+
+@dataclass(frozen=True)
+class End:
+    """Why all ranks end: what one of them met."""
+
+    rank: int
+    host: str
+    kind: Literal["lost", "failed", "left"]
+    """It ended without a word, by an error, or because it was asked to."""
+    code: int
+    """Exit code of all."""
+    text: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int) -> End:
+        """Return what an exception means that leaves the work of a rank."""
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            code = error.code if isinstance(error, SystemExit) else 1
+            return cls(rank, socket.gethostname(), "left", code if isinstance(code, int) else 1)
+        expected = isinstance(error, UserError)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        code = 2 if expected else 1
+        return cls(rank, socket.gethostname(), "failed", code, text[:_LONGEST_TEXT])
+
+    def __str__(self) -> str:
+        what = {
+            "lost": "is gone without a word: killed, perhaps for want of memory",
+            "failed": f"failed: {self.text}",
+            "left": f"was stopped (exit code {self.code})",
+        }
+        return f"rank {self.rank} on {self.host} {what[self.kind]}"
+
+
+@contextmanager
+def ending_together(store: Store, *, rank: int, size: int, local_rank: int) -> Iterator[None]:
+    """Run the body as one rank of several, all of which come here with the same new store.
+
+    The error of the rank that failed first passes through. Other ranks, whatever they met because
+    of it, say which rank it was, one on each machine, and end with its exit code. Raises UserError
+    where not all ranks come.
+    """
+    line = _Line(rank, local_rank, _joined(store, rank, size))
+    thread = threading.Thread(target=line.listen, name="lifeline", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException as error:
+        line.leave(error)
+        raise
+    line.hang_up()
+    thread.join(_ANSWER_SECONDS)
+
+
+@dataclass
+class _Line:
+    """One rank's end of the connections: all of them on rank 0, on another the one to it."""
+
+    rank: int
+    local_rank: int
+    peers: dict[int, _Peer]
+    end: End | None = None
+    """What all end for, once rank 0 has said so."""
+    heard: threading.Event = field(default_factory=threading.Event)
+    is_left: bool = False
+    """Whether this rank came out of its work; its thread then leaves it alone."""
+
+    def __post_init__(self) -> None:
+        self.own, self.inside = (_Peer(self.rank, each) for each in socket.socketpair())
+        self.found: list[End] = []
+        self.decide_at: float | None = None
+        self.is_done = False
+
+    def leave(self, error: BaseException) -> None:
+        """Tell the others what this rank met, and end it here if another's end came before."""
+        mine = End.of(error, self.rank)
+        self.own.say({"end": asdict(mine)})
+        self.heard.wait(_ANSWER_SECONDS)
+        self.is_left = True
+        # Clearing up may wait for what never comes: a thread of C, which outlasts the interpreter,
+        # then ends the process.
+        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        faulthandler.dump_traceback_later(_GRACE_SECONDS, exit=True, file=nowhere)
+        end = self.end or mine
+        if end.rank == self.rank and mine.kind == "failed":
+            _tell_torchrun(error)
+        if end.rank == self.rank or end.kind == mine.kind == "left":
+            return
+        if end.text != mine.text or end.kind != mine.kind:  # else it is said there already
+            self.speak(end)
+        sys.exit(end.code)
+
+    def hang_up(self) -> None:
+        """Tell the others that this rank has done its work."""
+        self.is_left = True
+        self.own.say({"bye": True})
+
+    def speak(self, end: End) -> None:
+        """Say which rank failed, on one rank of each machine that is still there."""
+        first = self.rank - self.local_rank
+        if self.local_rank == (1 if end.rank == first else 0):
+            print(f"{end}; so rank {self.rank} ends too", file=sys.stderr, flush=True)
+
+    def listen(self) -> None:
+        """Hear and pass on messages until this rank's work is done or all are to end."""
+        with selectors.DefaultSelector() as selector:
+            for peer in (self.inside, *self.peers.values()):
+                selector.register(peer.socket, selectors.EVENT_READ, peer)
+            while self.end is None:
+                for key, _ in selector.select(self.until_decided()):
+                    for message in key.data.messages():
+                        self.take(message, key.data)
+                        if "end" not in message and key.fileobj in selector.get_map():
+                            selector.unregister(key.fileobj)
+                if self.is_done:
+                    return
+                if self.until_decided() == 0:
+                    self.announce(next((e for e in self.found if e.kind == "lost"), self.found[0]))
+        self.end_process()
+
+    def until_decided(self) -> float | None:
+        """Return the seconds until rank 0 judges what it heard; None where there is nothing."""
+        return None if self.decide_at is None else max(self.decide_at - time.monotonic(), 0)
+
+    def take(self, message: Mapping[str, dict], peer: _Peer) -> None:
+        """Note a message. Another rank than 0 passes on its own, and believes what rank 0 says."""
+        if peer is self.inside and (self.rank > 0 or "bye" in message):
+            self.pass_on(message)
+            self.is_done = "bye" in message
+        elif "bye" not in message:
+            end = End(**message["end"]) if "end" in message else peer.lost()
+            if self.rank > 0:
+                self.announce(end)
+                return
+            self.found.append(end)
+            wait = 0 if end.kind == "lost" else _GATHER_SECONDS
+            self.decide_at = min(self.decide_at or math.inf, time.monotonic() + wait)
+
+    def announce(self, end: End) -> None:
+        """Let the whole process know, and on rank 0 the others."""
+        if self.rank == 0:
+            self.pass_on({"end": asdict(end)})
+        self.end = end
+        self.heard.set()
+
+    def pass_on(self, message: Mapping[str, object]) -> None:
+        for peer in self.peers.values():
+            peer.say(message)
+
+    def end_process(self) -> None:
+        """End this process unless it comes out of its work by itself in time."""
+        assert self.end is not None
+        time.sleep(_GRACE_SECONDS)
+        if self.is_left:
+            return
+        self.speak(self.end)
+        os._exit(self.end.code)
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Let torchrun show the error in its account of who failed, where it started this rank."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and isinstance(error, Exception):
+        get_error_handler().record_exception(error)
+
+
+class _Peer:
+    """A connection, on which each message is a line of JSON."""
+
+    def __init__(self, rank: int, connection: socket.socket, host: str = "") -> None:
+        self.rank, self.socket, self.host = rank, connection, host
+        self._begun = b""
+
+    def say(self, message: Mapping[str, object]) -> None:
+        """Send a message; whoever is gone needs none."""
+        with suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def messages(self) -> list[dict]:
+        """Return what has come, at least a part of one; an empty message where the line is cut."""
+        try:
+            came = self.socket.recv(1 << 16)
+        except OSError:
+            came = b""
+        *whole, self._begun = (self._begun + came).split(b"\n")
+        return [json.loads(line) for line in whole] + ([] if came else [{"cut": True}])
+
+    def lost(self) -> End:
+        """Return the end of a rank whose line was cut."""
+        return End(self.rank, self.host, "lost", 1)
+
+
+def _joined(store: Store, rank: int, size: int) -> dict[int, _Peer]:
+    """Return the connections of this rank, once all are there."""
+    return _gathered(store, size) if rank == 0 else {0: _connected(store, rank)}
+
+
+def _gathered(store: Store, size: int) -> dict[int, _Peer]:
+    """Return rank 0's connections to all others, after telling them where it is."""
+    deadline, token = time.monotonic() + _JOIN_SECONDS, secrets.token_hex(16)
+    peers: dict[int, _Peer] = {}
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=size) as server:
+        here = (_own_address(), server.getsockname()[1], token, socket.gethostname())
+        store.set(_KEY, json.dumps(here))
+        while len(peers) < size - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = sorted(set(range(1, size)) - peers.keys())
+                raise UserError(
+                    f"waited {_JOIN_SECONDS:.0f} s for rank {', '.join(map(str, missing))} of "
+                    f"{size}: see to it that all are started, and reach {here[0]}:{here[1]}"
+                ) from None
+            if (hello := _first_line(connection)) is not None and hello.get("token") == token:
+                peers[hello["rank"]] = _Peer(hello["rank"], connection, hello["host"])
+    for peer in peers.values():
+        peer.say({"all": True})
+    return peers
+
+
+def _connected(store: Store, rank: int) -> _Peer:
+    """Return another rank's connection to rank 0."""
+    deadline = time.monotonic() + _JOIN_SECONDS
+    while time.monotonic() < deadline:
+        address, port, token, host = json.loads(store.get(_KEY))
+        with suppress(OSError):  # of an earlier start: the address changes once rank 0 is there
+            connection = socket.create_connection((address, port), timeout=10)
+            hello = {"rank": rank, "host": socket.gethostname(), "token": token}
+            connection.sendall(json.dumps(hello).encode() + b"\n")
+            if _first_line(connection, deadline - time.monotonic()) is not None:
+                return _Peer(0, connection, host)
+        time.sleep(0.2)
+    raise UserError(f"rank {rank} waited {_JOIN_SECONDS:.0f} s for rank 0 and the other ranks")
+
+
+def _first_line(connection: socket.socket, seconds: float = 10.0) -> dict | None:
+    """Return the first message, if one comes; the connection then waits without limit."""
+    line = b""
+    connection.settimeout(seconds)
+    try:
+        while not line.endswith(b"\n"):
+            byte = connection.recv(1)
+            if not byte:
+                return None
+            line += byte
+        connection.settimeout(None)
+        return json.loads(line)
+    except (OSError, ValueError):
+        connection.close()
+        return None
+
+
+def _own_address() -> str:
+    """Return this machine's address as the others reach it."""
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, _, _, address = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing: the system chooses the way
+        own = probe.getsockname()[0]
+    return master if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
