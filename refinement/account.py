@@ -25,7 +25,8 @@ from teachers import sampling
 def report_of(run: Run) -> report.Report:
     """Return the report's data, from the readings up to here and what was loaded."""
     recipe, parts, at = run.recipe, run.parts, run.state.images_seen
-    rows = [row for row in run.folder.read_readings() if cast(int, row["images_seen"]) <= at]
+    every = run.folder.read_readings()
+    rows = [row for row in every if cast(int, row["images_seen"]) <= at]
     sessions = [cast(dict, row["session"]) for row in rows if "session" in row]
     real = parts.suite and parts.suite.real
     return report.Report(
@@ -52,7 +53,7 @@ def report_of(run: Run) -> report.Report:
         nearness=likeness(run.folder, "nearness", Nearness, at),
         teacher_sees=_teacher_sees(parts),
         pair_seeds=tuple(pair_seeds(run)),
-        notes=tuple(notes(rows)),
+        notes=tuple(notes(every)),
         recipe=recipe.model_dump(mode="json"),
     )
 
@@ -139,6 +140,8 @@ def notes(rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
                 f"{back['to_images_seen']:,} images ({back['why']}); learning rates were "
                 f"{back['lr_scale']:g} times the recipe's from there on."
             )
+        if "diverged" in row:
+            yield f"Training stopped because it diverged: {cast(dict, row['diverged'])['why']}."
         if "early_stop" in row:
             best = cast(dict, row["early_stop"])
             yield (

@@ -15,6 +15,7 @@ from core.config import ConfigError, Section
 from core.errors import UserError
 from custom_ops import backend
 from eval import suite
+from eval.measuring import parse
 from teachers import sampling
 from training import loop
 
@@ -99,6 +100,21 @@ class Recipe(Section):
             raise ValueError("evaluation names a teacher, and objective denoising has none")
         if self.mode == "gan" and self.objective.dropout.student:
             raise ValueError("objective.dropout.student is for one_step_edm: a GAN drops nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _watches_what_it_measures(self) -> Recipe:
+        if self.training.early_stop_kimg is not None and not self.evaluation.every_kimg:
+            raise ValueError(
+                "training.early_stop_kimg needs measurements while training: set "
+                "evaluation.every_kimg, or leave it out"
+            )
+        known = [metric for request in parse(self.evaluation.metrics) for metric in request.metrics]
+        if self.training.keep.best not in (None, *known):
+            raise ValueError(
+                f"training.keep.best is {self.training.keep.best!r}, which is not measured: choose "
+                f"one of {', '.join(known)}, or add it to evaluation.metrics"
+            )
         return self
 
     @property

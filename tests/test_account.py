@@ -64,8 +64,10 @@ def test_what_happened_while_training_is_told() -> None:
     back = {"why": "fid rose", "from_images_seen": 9000, "to_images_seen": 7000, "lr_scale": 0.25}
     rows = [{"images_seen": 7000, "rollback": back}, {"images_seen": 9, "early_stop": known}]
     rows.append({"images_seen": 9, "best": {**known, "checkpoint": "000000008000.pt"}})
+    rows.append({"images_seen": 9, "diverged": {"why": "score_loss is 900"}})
     told = list(account.notes(rows))
     assert "went back from 9,000 to 7,000 images (fid rose)" in told[0] and "0.25 times" in told[0]
     assert "ended early" in told[1] and "since 8,000 images" in told[1]
     assert "fid was 3.25 after 8,000 images, kept in `000000008000.pt`" in told[2]
+    assert told[3] == "Training stopped because it diverged: score_loss is 900."
     assert list(account.notes([{"images_seen": 3, "measured": {}}])) == []

@@ -13,6 +13,7 @@ from refine_command import ROOT, call
 import refine
 from core import config
 from core.distributed import World
+from core.errors import UserError
 from core.protocols import Networks
 from refinement.parts import Parts, load_parts
 from refinement.recipe import Recipe, read_recipe
@@ -138,3 +139,18 @@ def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Parts]:
         ],
     )
     return recipe, load_parts(recipe, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.early_stop_kimg=3", "early_stop_kimg needs measurements while training"),
+        ("training.keep.best=recall", "keep.best is 'recall', which is not measured: .* fid"),
+    ],
+)
+def test_what_is_watched_must_be_measured(setting: str, message: str) -> None:
+    """A metric that nothing measures cannot end a run, nor choose a checkpoint."""
+    with pytest.raises(UserError, match=message):
+        read_recipe(
+            ROOT / "configs" / "gan" / "gaussian.yaml", ["evaluation.every_kimg=0", setting]
+        )
