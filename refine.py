@@ -40,6 +40,7 @@ from eval import features, wording
 from refinement.listing import table as listed_runs
 from refinement.parts import SAMPLED, found, load_parts
 from refinement.recipe import Recipe, read_recipe
+from refinement.restarts import begun_run, note_job
 from refinement.run import finish, train
 from refinement.session import Run, note_session, open_run
 from refinement.stopping import ending_at_once, leave, run_as_process
@@ -199,7 +200,7 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
             events.require_package()
         parts = load_parts(recipe, world)
         if folder is None:
-            folder = distributed.from_main(_new_folder(recipe, outdir, world), world)
+            folder = distributed.from_main(_folder_of_job(recipe, outdir, world), world)
         with folder.exclusive() if world.is_main else nullcontext():
             run = open_run(recipe, parts, folder, world)
             with _saying_what_is_saved(run):
@@ -239,14 +240,21 @@ def _go_on(folder: RunFolder) -> str:
     return f"go on with: python refine.py --resume {folder.path}"
 
 
-def _new_folder(recipe: Recipe, outdir: Path, world: World) -> RunFolder | None:
-    """Return a new run folder with the resolved recipe in it; None but on rank 0."""
+def _folder_of_job(recipe: Recipe, outdir: Path, world: World) -> RunFolder | None:
+    """Return the run folder that an earlier start of this job began, or else a new one with the
+    resolved recipe in it; None but on rank 0.
+    """
     if not world.is_main:
         return None
+    resolved = config.to_yaml(recipe)
+    if (begun := begun_run(outdir, resolved)) is not None:
+        _log.info("this job was started again: it goes on with %s", begun.path)
+        return begun
     folder = RunFolder.create(outdir, recipe.name)
     try:
+        note_job(folder)
         with atomic_write(folder.recipe) as partial:
-            partial.write_text(config.to_yaml(recipe), encoding="utf-8")
+            partial.write_text(resolved, encoding="utf-8")
     except UserError:
         shutil.rmtree(folder.path)  # without its recipe it is no run folder
         raise

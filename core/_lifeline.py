@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
 
-from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from core.errors import UserError
@@ -78,18 +78,20 @@ class End:
 
 
 @contextmanager
-def ending_together(store: Store, *, rank: int, size: int, local_rank: int) -> Iterator[None]:
-    """Run the body as one rank of several, all of which come here with the same new store.
+def ending_together(store: Store, *, rank: int, size: int, local_rank: int) -> Iterator[Store]:
+    """Run the body as one rank of several, all of which come here with the same store.
 
-    The error of the rank that failed first passes through. Other ranks, whatever they met because
-    of it, say which rank it was, one on each machine, and end with its exit code. Raises UserError
-    where not all ranks come.
+    Yields a part of the store in which nothing stands yet: torchrun's own outlives the processes
+    that it starts again. The error of the rank that failed first passes through. Other ranks,
+    whatever they met because of it, say which rank it was, one on each machine, and end with its
+    exit code. Raises UserError where not all ranks come.
     """
-    line = _Line(rank, local_rank, _joined(store, rank, size))
+    token, peers = _gathered(store, size) if rank == 0 else _connected(store, rank)
+    line = _Line(rank, local_rank, peers)
     thread = threading.Thread(target=line.listen, name="lifeline", daemon=True)
     thread.start()
     try:
-        yield
+        yield PrefixStore(token, store)
     except BaseException as error:
         line.leave(error)
         raise
@@ -234,13 +236,10 @@ class _Peer:
         return End(self.rank, self.host, "lost", 1)
 
 
-def _joined(store: Store, rank: int, size: int) -> dict[int, _Peer]:
-    """Return the connections of this rank, once all are there."""
-    return _gathered(store, size) if rank == 0 else {0: _connected(store, rank)}
-
-
-def _gathered(store: Store, size: int) -> dict[int, _Peer]:
-    """Return rank 0's connections to all others, after telling them where it is."""
+def _gathered(store: Store, size: int) -> tuple[str, dict[int, _Peer]]:
+    """Return a word that none used before, and rank 0's connections to all others, which it tells
+    where it is.
+    """
     deadline, token = time.monotonic() + _JOIN_SECONDS, secrets.token_hex(16)
     peers: dict[int, _Peer] = {}
     dual = socket.has_dualstack_ipv6()
@@ -260,27 +259,29 @@ def _gathered(store: Store, size: int) -> dict[int, _Peer]:
                 ) from None
             if (hello := _first_line(connection)) is not None and hello.get("token") == token:
                 peers[hello["rank"]] = _Peer(hello["rank"], connection, hello["host"])
+                peers[hello["rank"]].say({"welcome": True})
     for peer in peers.values():
         peer.say({"all": True})
-    return peers
+    return token, peers
 
 
-def _connected(store: Store, rank: int) -> _Peer:
-    """Return another rank's connection to rank 0."""
+def _connected(store: Store, rank: int) -> tuple[str, dict[int, _Peer]]:
+    """Return rank 0's word, and another rank's connection to it."""
     deadline = time.monotonic() + _JOIN_SECONDS
     while time.monotonic() < deadline:
         address, port, token, host = json.loads(store.get(_KEY))
         with suppress(OSError):  # of an earlier start: the address changes once rank 0 is there
-            connection = socket.create_connection((address, port), timeout=10)
+            connection = socket.create_connection((address, port), timeout=_ANSWER_SECONDS)
             hello = {"rank": rank, "host": socket.gethostname(), "token": token}
             connection.sendall(json.dumps(hello).encode() + b"\n")
-            if _first_line(connection, deadline - time.monotonic()) is not None:
-                return _Peer(0, connection, host)
+            waits = (_ANSWER_SECONDS, deadline - time.monotonic())
+            if all(_first_line(connection, wait) is not None for wait in waits):
+                return token, {0: _Peer(0, connection, host)}
         time.sleep(0.2)
     raise UserError(f"rank {rank} waited {_JOIN_SECONDS:.0f} s for rank 0 and the other ranks")
 
 
-def _first_line(connection: socket.socket, seconds: float = 10.0) -> dict | None:
+def _first_line(connection: socket.socket, seconds: float = _ANSWER_SECONDS) -> dict | None:
     """Return the first message, if one comes; the connection then waits without limit."""
     line = b""
     connection.settimeout(seconds)

@@ -63,12 +63,12 @@ def session(device: str = "auto") -> Iterator[World]:
         yield _world(device, rank=rank, size=size, local_rank=local_rank)
         return
     store, _, _ = next(rendezvous("env://", rank, size, timeout=_START_TIMEOUT))
-    with ending_together(store, rank=rank, size=size, local_rank=local_rank):
+    with ending_together(store, rank=rank, size=size, local_rank=local_rank) as fresh_store:
         world = _world(device, rank=rank, size=size, local_rank=local_rank)
         is_cuda = world.device.type == "cuda"
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
-            store=store,
+            store=fresh_store,
             rank=rank,
             world_size=size,
             timeout=_TIMEOUT,

@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @property
+    def job(self) -> Path:
+        """Return the path of the note which job began the run, where one did."""
+        return self.path / "job.txt"
+
+    @property
     def readings(self) -> Path:
         """Return the path of the readings, one JSON object a line."""
         return self.path / "readings.jsonl"
