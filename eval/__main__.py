@@ -24,8 +24,20 @@ from core.precision import rounding_products
 from core.protocols import Denoiser
 from core.run_folder import RunFolder
 from core.weights import SavedNetwork
-from eval import features, measuring, progress, scorecard, scoring, subjects, suite
+from eval import (
+    comparing,
+    features,
+    measuring,
+    pages,
+    progress,
+    scorecard,
+    scoring,
+    subjects,
+    suite,
+    wording,
+)
 from eval import reference as references
+from eval import report as reports
 from eval.measuring import METRICS
 from eval.subjects import Kind, Subject
 from teachers import sampling
@@ -312,6 +324,35 @@ def reference(
         f"wrote {out}: {len(made.mean):,} features of {count} images by {made.extractor}, "
         f"those of {kept} images kept"
     )
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN…")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Where the page of several runs goes.  [default: comparison.html]",
+)
+@one_sentence(stopped="stopped; nothing was written")
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Print what a run's report says; of several runs make one page that compares them.
+
+    RUN is a run's folder, or a report.json. A report is made anew by: python refine.py --report RUN
+    """
+    paths = [comparing.report_path(run) for run in runs]
+    found = [reports.read(path) for path in paths]
+    if len(found) == 1:
+        if out is not None:
+            raise UserError(
+                f"one run has a page already, {paths[0].with_name('report.html')}: give several"
+            )
+        click.echo(f"{found[0].name}\n{wording.summary(found[0])}")
+        return
+    target = out or Path("comparison.html")
+    compared = comparing.compare(found, paths, beside=target)
+    pages.write_comparison(target, compared)
+    click.echo(f"{comparing.summary(compared)}\n\nwrote {target}")
 
 
 def _set_up_logging(world: World) -> None:

@@ -89,8 +89,10 @@ svg .c7 { --ink: var(--c7); stroke-dasharray: 12 3 3 3 }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0; padding: 0;
   font-size: .86rem; color: var(--quiet) }
 .legend svg { width: 28px; height: 10px; margin-right: 7px }
-.group th { padding-top: 16px; color: var(--quiet); font-weight: 500 }
+table.runs tbody th { font-weight: 500; white-space: normal; min-width: 8rem }
+table.runs .group th { padding-top: 16px; color: var(--quiet); font-weight: 500 }
 a { color: var(--blue) }
+@media (max-width: 600px) { svg { overflow: visible } svg text { font-size: 17px } }
 @media print { body { max-width: none } .slide { display: none } pre { white-space: pre-wrap } }
 """
 _PAGE = """<!doctype html>

@@ -1,4 +1,4 @@
-"""A report as files: report.json, report.md, report.html and the pictures."""
+"""A report as files: report.json, report.md, report.html and the pictures; several as one page."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from core.run_folder import atomic_write
-from eval import _page
+from eval import _comparison, _page
 from eval._numbers import metric_title
 from eval._warnings import warnings
+from eval.comparing import Comparison
 from eval.measuring import METRICS
 from eval.pictures import curve_picture, pairs_picture
 from eval.report import Report, to_json
@@ -47,6 +48,11 @@ def write(
     _write(folder / "report.md", markdown(report, pictures=pictures).encode())
     _write(folder / "report.html", _page.page(report, pairs, neighbours).encode())
     return folder / "report.html"
+
+
+def write_comparison(path: str | Path, compared: Comparison) -> None:
+    """Write the page that compares runs."""
+    _write(Path(path), _comparison.page(compared).encode())
 
 
 def markdown(report: Report, *, pictures: list[str]) -> str:
