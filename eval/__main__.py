@@ -101,7 +101,9 @@ def main() -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", metavar="WEIGHTS|IMAGES")
 @click.option(
-    "--reference", metavar="SOURCE", help="Real images (zip, folder) or their statistics (.npz)."
+    "--reference",
+    metavar="SOURCE",
+    help="Real images (zip, folder, cifar-10-python.tar.gz) or their statistics (.npz, .pkl).",
 )
 @click.option(
     "--images",

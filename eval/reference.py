@@ -1,8 +1,10 @@
 """Reference statistics: the features of real images, from an image set or from a file.
 
     images.zip, a folder   measured once and kept in the cache, by content and extractor
+    cifar-10-python.tar.gz likewise
     ours.npz               written by `save_npz`: mu, sigma and what they were measured on
     published.npz          mu and sigma of 2048 Inception features, as EDM publishes them
+    published.pkl          their sums, as StyleGAN's programs keep them
 
 A source may be a URL. No image of it reaches a training step: references only measure.
 """
@@ -14,6 +16,7 @@ import logging
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,8 +28,8 @@ from core.downloads import cache_path, local_file, sha256_of
 from core.errors import UserError
 from core.run_folder import atomic_write
 from data.images import Images
-from eval import measuring
-from eval.collecting import Collected, Collector
+from eval import _published_sets, measuring
+from eval.collecting import Collected, Collector, kept_indices
 from eval.features import Extractor
 from eval.metrics import frechet_distance
 from eval.progress import Show, silent
@@ -71,7 +74,7 @@ def reference_statistics(
     cache: Path | None = None,
     show: Show = silent,
 ) -> Reference:
-    """Return the reference of an image zip, image folder or .npz, given as a path or a URL.
+    """Return the reference of images or of a file of statistics (above), given as a path or a URL.
 
     keep: how many images' features are kept, and which; None keeps mean and covariance only.
     cache: folder of kept references, by default `references` in the project's cache folder.
@@ -81,6 +84,8 @@ def reference_statistics(
     path = local_file(source)
     if path.suffix == ".npz":
         return read_npz(path, extractor)
+    if path.suffix == ".pkl":
+        return _read_pkl(path, extractor, keep=keep)
     images = image_set(path)
     if len(images) < 2:
         raise UserError(f"{path} holds one image: reference statistics need at least 2")
@@ -96,22 +101,43 @@ def reference_statistics(
 
 def is_image_set(path: Path) -> bool:
     """Return whether a path is, by its content, one that `image_set` opens or says what is wrong
-    with: a folder, or a zip that is not one of torch's.
+    with: a folder, an archive, or a zip that is not one of torch's.
     """
-    if path.is_dir():
+    if path.is_dir() or path.name.endswith(_published_sets.ARCHIVES):
         return True
     with path.open("rb") as file:
         begins_as_zip = file.read(2) == b"PK"
     return begins_as_zip and path.suffix not in _TORCH_ZIPS
 
 
-def image_set(path: Path) -> Images:
-    """Return the images of a zip or folder. Raises UserError where it holds none."""
+class ImageSet(Protocol):
+    """Images in a fixed order, uint8 [C, H, W] each, all of one shape."""
+
+    path: Path
+    image_shape: tuple[int, int, int]
+
+    @property
+    def sha256(self) -> str:
+        """A hash of the images."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor: ...
+
+
+def image_set(path: Path) -> ImageSet:
+    """Return the images of a zip, a folder, or of CIFAR-10 as published for Python.
+
+    Raises UserError where there are none.
+    """
+    if path.name.endswith(_published_sets.ARCHIVES):
+        return _published_sets.Archive(path)
     return Images(path)
 
 
 def measure(
-    images: Images,
+    images: ImageSet,
     extractor: Extractor,
     *,
     keep: measuring.Config | None = None,
@@ -193,13 +219,30 @@ def read_npz(path: str | Path, extractor: Extractor) -> Reference:
         _check_extractor(path, meta, extractor)
     else:
         meta = _published_meta(path, len(mean), extractor)
-    if extractor.dimensions not in (None, len(mean)):
-        raise UserError(
-            f"{path} holds {len(mean)} features an image, "
-            f"but the extractor {extractor.name} gives {extractor.dimensions}"
-        )
+    _check_dimensions(path, len(mean), extractor)
     kept = _features(path, arrays, dimensions=len(mean))
     return Reference(mean, covariance, **meta.model_dump(), features=kept)
+
+
+def _read_pkl(path: Path, extractor: Extractor, *, keep: measuring.Config | None) -> Reference:
+    """Return the reference of statistics that StyleGAN's programs keep."""
+    stored = _published_sets.read_full_data(path)
+    meta = _published_meta(path, len(stored.mean), extractor)
+    _check_dimensions(path, len(stored.mean), extractor)
+    features = None
+    if keep is not None and stored.features is not None:
+        kept = kept_indices(stored.images, keep.kept_images, keep.random_seed)
+        features = stored.features[kept]
+    known = meta.model_dump() | {"images": stored.images}
+    return Reference(stored.mean, stored.covariance, **known, features=features)
+
+
+def _check_dimensions(path: Path, dimensions: int, extractor: Extractor) -> None:
+    if extractor.dimensions not in (None, dimensions):
+        raise UserError(
+            f"{path} holds {dimensions} features an image, "
+            f"but the extractor {extractor.name} gives {extractor.dimensions}"
+        )
 
 
 class _Meta(BaseModel):

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from data.images import Images
+from eval.reference import ImageSet
 from eval.samples import ImagesOf, Sampler, images_of_seeds
 
 Kind = Literal["student", "teacher", "images"]
@@ -73,7 +73,7 @@ def of_teacher(
     )
 
 
-def of_images(images: Images, *, source: str) -> Subject:
+def of_images(images: ImageSet, *, source: str) -> Subject:
     """Return a set of images as what is measured; its indices take the place of seeds."""
 
     def images_of(indices: Sequence[int]) -> Tensor:
