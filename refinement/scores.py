@@ -81,19 +81,25 @@ def while_training(run: Run, state: TrainState) -> dict[str, float]:
 
 def compare(run: Run, student: nn.Module) -> None:
     """Compare images one by one, before with after and after with real ones, and write it down,
-    unless that was done.
+    unless that was done. What a teacher made before it was taught is not compared.
     """
     suite, images_seen = run.parts.suite, run.state.images_seen
-    done = likeness(run.folder, "drift", Drift, images_seen) is not None
-    if suite is None or distributed.from_main(done, run.world):
+    real = suite.real.features if suite is not None and suite.real is not None else None
+    drifts = run.recipe.mode != "teach"
+    if suite is None or not (drifts or real is not None):
+        return
+    done = _row(run.folder, "drift" if drifts else "nearness", images_seen) is not None
+    if distributed.from_main(done, run.world):
         return
     seeds = range(max(2, run.world.size, min(COMPARED_IMAGES, run.recipe.evaluation.images)))
+    row: dict[str, object] = {}
     with timed(run, "comparison"):
         after = suite.features(run.parts.images_of(student), seeds)
-        before = suite.features(run.parts.images_of(run.original), seeds)
-        row: dict[str, object] = {"drift": asdict(drift(before, after))}
-        if suite.real is not None and suite.real.features is not None:
-            row["nearness"] = asdict(nearness(after, suite.real.features))
+        if drifts:
+            before = suite.features(run.parts.images_of(run.original), seeds)
+            row["drift"] = asdict(drift(before, after))
+        if real is not None:
+            row["nearness"] = asdict(nearness(after, real))
     append(run, row)
 
 
