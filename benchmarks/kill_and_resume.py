@@ -136,9 +136,8 @@ def _until_its_end(
         tally.kills[place := _place(outdir, before)] += 1
         tally.damaged += _damaged(outdir)
         saved = _Left.of(outdir).images_saved
-        click.echo(
-            f"kill {tally.kills.total()}: rank {kill.rank} {place}, {saved} images saved", err=True
-        )
+        ended = f"{saved} images saved, all ended in {kill.seconds_to_end:.1f} s"
+        click.echo(f"kill {tally.kills.total()}: rank {kill.rank} {place}, {ended}", err=True)
     return _to_its_end(outdir, ranks)
 
 

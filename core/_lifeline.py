@@ -269,6 +269,9 @@ def _connected(store: Store, rank: int) -> tuple[str, dict[int, _Peer]]:
     """Return rank 0's word, and another rank's connection to it."""
     deadline = time.monotonic() + _JOIN_SECONDS
     while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if not store.check([_KEY]):  # a get would wait where no signal is heard
+            continue
         address, port, token, host = json.loads(store.get(_KEY))
         with suppress(OSError):  # of an earlier start: the address changes once rank 0 is there
             connection = socket.create_connection((address, port), timeout=_ANSWER_SECONDS)
@@ -277,7 +280,6 @@ def _connected(store: Store, rank: int) -> tuple[str, dict[int, _Peer]]:
             waits = (_ANSWER_SECONDS, deadline - time.monotonic())
             if all(_first_line(connection, wait) is not None for wait in waits):
                 return token, {0: _Peer(0, connection, host)}
-        time.sleep(0.2)
     raise UserError(f"rank {rank} waited {_JOIN_SECONDS:.0f} s for rank 0 and the other ranks")
 
 
