@@ -153,24 +153,26 @@ def kernel_distance(
             features[torch.from_numpy(drawn.choice(len(features), subset_size, replace=False))]
             for features in (generated, real)
         )
-        found[index] = _squared_discrepancy(first.to(torch.float64), second.to(torch.float64))
+        found[index] = _squared_discrepancy(first, second)
     return Spread(float(found.mean()), float(found.std()))
 
 
 def _squared_discrepancy(first: Tensor, second: Tensor) -> float:
     """Return the unbiased estimate for two sets of n features [n, D]."""
     count = len(first)
-    within = sum(
-        kernel.sum() - kernel.diagonal().sum()
-        for kernel in (_cubic_kernel(first, first), _cubic_kernel(second, second))
-    )
-    between = _cubic_kernel(first, second).mean()
+    within = sum(_kernel_sum(one, one) - _kernel_trace(one) for one in (first, second))
+    between = _kernel_sum(first, second) / count**2
     return float(within / (count * (count - 1)) - 2 * between)
 
 
-def _cubic_kernel(first: Tensor, second: Tensor) -> Tensor:
-    base = first @ second.T / first.shape[1] + 1
-    return base * base * base  # pow is many times slower
+def _kernel_sum(first: Tensor, second: Tensor) -> Tensor:
+    base = (first @ second.T).to(torch.float64).div_(first.shape[1]).add_(1).flatten()
+    return torch.dot(base * base, base)
+
+
+def _kernel_trace(features: Tensor) -> Tensor:
+    base = features.to(torch.float64).square().sum(1) / features.shape[1] + 1
+    return (base * base * base).sum()
 
 
 class PrecisionRecall(NamedTuple):

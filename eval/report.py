@@ -204,8 +204,8 @@ def read(path: str | Path) -> Report:
         version = document.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise UserError(
-                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: make it "
-                "again with python refine.py --report RUN"
+                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: make "
+                "it again with python refine.py --report RUN"
             )
         del document["seeds"], document["metrics"]
         for when in ("before", "after"):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 import torch
 
 from core.downloads import local_file, sha256_of
-from data.images import Images
-from eval import report, samples
+from eval import reference, report, samples
 from eval.collecting import kept_indices
 from eval.likeness import Drift, Nearness
 from eval.suite import size
@@ -73,10 +71,10 @@ def neighbours(
     source, suite = run.recipe.evaluation.reference, run.parts.suite
     if made.nearness is None or suite is None or source in (None, "teacher"):
         return None
-    path = Path(local_file(found(source)))
-    if path.suffix == ".npz":
+    path = local_file(found(source))
+    if not reference.is_image_set(path):
         return None
-    images, config = Images(path), suite.definitions
+    images, config = reference.image_set(path), suite.definitions
     kept = kept_indices(len(images), config.kept_images, config.random_seed)
     seeds = [pair.image for pair in made.nearness.nearest]
     real = torch.stack([images[int(kept[pair.real])] for pair in made.nearness.nearest])
