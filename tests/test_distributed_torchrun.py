@@ -1,4 +1,6 @@
-"""`torchrun refine.py`: what ends one process ends the command, and what restarts it goes on."""
+"""`torchrun refine.py`, and the same under Slurm: what ends one process ends all, and what starts
+the command again goes on with its run.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ sys.path.insert(0, os.getcwd())
 import torch
 from core.errors import UserError
 from training import checkpoint, loop
-how, first = sys.argv.pop(1), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+how, counters = sys.argv.pop(1), ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+first = all(os.environ.get(name, "0") == "0" for name in counters)
 rank, play = int(os.environ["RANK"]), loop.play_round
 
 def play_and_break(state, *arguments, **options):
@@ -30,6 +33,8 @@ def play_and_break(state, *arguments, **options):
             raise ValueError("three is not four")
         if how == "is killed" and rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "is warned":
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 def save(content, path):
     raise OSError(28, "No space left on device")
@@ -39,22 +44,28 @@ if how == "has a full disk":
     torch.save = save
 runpy.run_path("refine.py", run_name="__main__")
 """
-"""The command, whose rank 1 raises, or rank 0 is killed or cannot write its checkpoints: after 48
-images, of which 32 are saved.
+"""The command, whose rank 1 raises, or rank 0 is killed or cannot write its checkpoints, or that is
+warned by Slurm: after 48 images, of which 32 are saved.
 """
+
+
+def broken(folder: Path, how: str, *settings: str) -> list[str]:
+    """Return the command that breaks in this way, without what runs it."""
+    folder.mkdir(exist_ok=True)
+    script = folder / "broken.py"
+    script.write_text(BROKEN, encoding="utf-8")
+    command = ["--gan", str(tiny_recipe(folder)), *settings, "--outdir", str(folder / "runs")]
+    return [str(script), how, *command]
 
 
 def torchrun(
     folder: Path, how: str, *settings: str, restarts: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Return a run of the command on two processes that breaks in this way."""
-    folder.mkdir(exist_ok=True)
-    script = folder / "broken.py"
-    script.write_text(BROKEN, encoding="utf-8")
+    """Return a run of the command on two processes."""
     launcher = ["--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}"]
-    command = ["--gan", str(tiny_recipe(folder)), *settings, "--outdir", str(folder / "runs")]
+    command = [*launcher, *broken(folder, how, *settings)]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launcher, str(script), how, *command],
+        [sys.executable, "-m", "torch.distributed.run", *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -62,6 +73,33 @@ def torchrun(
         timeout=120,
         check=False,
     )
+
+
+def srun(
+    folder: Path, how: str, *settings: str, restarts: int
+) -> list[subprocess.CompletedProcess[str]]:
+    """Return a run of the command as each of two processes that Slurm starts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(restarts), "OMP_NUM_THREADS": "1"}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *broken(folder, how, *settings)],
+            cwd=ROOT,
+            env={**os.environ, **job, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, stderr=each)
+        for process, each in zip(ranks, said, strict=True)
+    ]
 
 
 UNMEASURED = ("evaluation.reference=null", "evaluation.every_kimg=0")
@@ -102,6 +140,22 @@ def test_a_restarted_command_goes_on_with_its_run(tmp_path: Path) -> None:
         RunFolder(path).student.read_bytes()
         == RunFolder(whole / "runs" / path.name).student.read_bytes()
     )
+
+
+def test_a_job_that_slurm_warns_and_requeues_goes_on_with_its_run(tmp_path: Path) -> None:
+    """At SIGUSR1 all ranks save and leave with the code that says so; requeued, the same command
+    goes on from there.
+    """
+    warned = srun(tmp_path, "is warned", *UNMEASURED, restarts=0)
+    assert [process.returncode for process in warned] == [75, 75], warned
+    assert "stopped; the state after 48 images is saved; go on with" in warned[0].stderr
+    assert warned[1].stderr == ""
+    requeued = srun(tmp_path, "is warned", *UNMEASURED, restarts=1)
+    assert [process.returncode for process in requeued] == [0, 0], requeued
+    (path,) = (tmp_path / "runs").iterdir()
+    assert f"this job was started again: it goes on with {path}" in requeued[0].stderr
+    assert "found 000000000048.pt: 48 images seen" in requeued[0].stderr
+    assert RunFolder(path).student.exists()
 
 
 JOB = {"SLURM_JOB_ID": "17", "TORCHELASTIC_RUN_ID": "none"}
