@@ -257,9 +257,12 @@ def _gathered(store: Store, size: int) -> tuple[str, dict[int, _Peer]]:
                     f"waited {_JOIN_SECONDS:.0f} s for rank {', '.join(map(str, missing))} of "
                     f"{size}: see to it that all are started, and reach {here[0]}:{here[1]}"
                 ) from None
-            if (hello := _first_line(connection)) is not None and hello.get("token") == token:
-                peers[hello["rank"]] = _Peer(hello["rank"], connection, hello["host"])
-                peers[hello["rank"]].say({"welcome": True})
+            hello = _first_line(connection)
+            if hello is None or hello.get("token") != token:
+                connection.close()
+                continue
+            peers[hello["rank"]] = _Peer(hello["rank"], connection, hello["host"])
+            peers[hello["rank"]].say({"welcome": True})
     for peer in peers.values():
         peer.say({"all": True})
     return token, peers
