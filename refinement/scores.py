@@ -94,12 +94,13 @@ def compare(run: Run, student: nn.Module) -> None:
     seeds = range(max(2, run.world.size, min(COMPARED_IMAGES, run.recipe.evaluation.images)))
     row: dict[str, object] = {}
     with timed(run, "comparison"):
-        after = suite.features(run.parts.images_of(student), seeds)
+        device = suite.extractor.device
+        after = suite.features(run.parts.images_of(student), seeds).to(device)
         if drifts:
-            before = suite.features(run.parts.images_of(run.original), seeds)
+            before = suite.features(run.parts.images_of(run.original), seeds).to(device)
             row["drift"] = asdict(drift(before, after))
         if real is not None:
-            row["nearness"] = asdict(nearness(after, real))
+            row["nearness"] = asdict(nearness(after, real.to(device)))
     append(run, row)
 
 
