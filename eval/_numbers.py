@@ -31,10 +31,11 @@ def number(metric: str, value: float) -> str:
 
 
 def change(before: MetricResult, after: MetricResult) -> str:
-    """Return the relative change in per cent."""
+    """Return the relative change in per cent, or how many times as much where that is a lot."""
     if before.mean <= 0:  # a KID may be
         return "n/a"
-    return f"{after.mean / before.mean - 1:+.0%}".replace("%", " %")
+    times = after.mean / before.mean
+    return f"x {times:,.0f}" if times >= 11 else f"{times - 1:+.0%}".replace("%", " %")
 
 
 def unit(metric: str) -> str:
