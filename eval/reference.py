@@ -35,7 +35,7 @@ from eval.metrics import frechet_distance
 from eval.progress import Show, silent
 
 _log = logging.getLogger(__name__)
-_TORCH_ZIPS = (".pt", ".pth", ".ckpt", ".bin")
+_OTHER_ZIPS = (".npz", ".pt", ".pth", ".ckpt", ".bin")
 """Names under which torch saves zips that hold no images."""
 
 
@@ -101,13 +101,13 @@ def reference_statistics(
 
 def is_image_set(path: Path) -> bool:
     """Return whether a path is, by its content, one that `image_set` opens or says what is wrong
-    with: a folder, an archive, or a zip that is not one of torch's.
+    with: a folder, an archive, or a zip that is not one of NumPy's or torch's.
     """
     if path.is_dir() or path.name.endswith(_published_sets.ARCHIVES):
         return True
     with path.open("rb") as file:
         begins_as_zip = file.read(2) == b"PK"
-    return begins_as_zip and path.suffix not in _TORCH_ZIPS
+    return begins_as_zip and path.suffix not in _OTHER_ZIPS
 
 
 class ImageSet(Protocol):

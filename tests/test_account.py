@@ -10,6 +10,10 @@ import pytest
 from PIL import Image
 from refine_command import call, tiny_recipe
 
+from data.images import Images
+from eval.features import load
+from eval.measuring import Config
+from eval.reference import measure, save_npz
 from refinement import account
 
 
@@ -24,11 +28,19 @@ def digits(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_metric_of_the_recipe_is_in_the_report(digits: Path, tmp_path: Path) -> None:
-    """Against real images: each metric before and after, halves of them, neighbours as pictures."""
-    recipe = tiny_recipe(tmp_path)
+@pytest.mark.parametrize("kind", ["images", "statistics"])
+def test_every_metric_of_the_recipe_is_in_the_report(
+    digits: Path, tmp_path: Path, kind: str
+) -> None:
+    """Against real images: each metric before and after, halves of them, neighbours as pictures;
+    against their kept features too, where only the pictures are not at hand.
+    """
+    recipe, source = tiny_recipe(tmp_path), digits
+    if kind == "statistics":
+        source = tmp_path / "real.npz"
+        save_npz(source, measure(Images(digits), load("pixels"), keep=Config()))
     outcome = call(
-        *("--gan", recipe, f"evaluation.reference={digits}", "evaluation.teacher=sample"),
+        *("--gan", recipe, f"evaluation.reference={source}", "evaluation.teacher=sample"),
         *("evaluation.metrics=[kid,fid,precision,recall]", "evaluation.definitions.kid_subsets=4"),
         *("evaluation.definitions.kid_subset_size=30", "evaluation.images=60"),
         *("evaluation.images_while_training=20", "--outdir", tmp_path / "runs"),
@@ -42,7 +54,8 @@ def test_every_metric_of_the_recipe_is_in_the_report(digits: Path, tmp_path: Pat
     assert document["real_halves"]["images"] == 30 and document["real_halves"]["metrics"]["fid"] > 0
     assert document["curve"]["metric"] == "fid"  # 20 images are too few for a subset of 30
     assert document["drift"]["images"] == 60 and document["nearness"]["real_images"] == 60
-    assert (folder / "report.html").read_text().count('alt="real"') == 8
+    pictures = (folder / "report.html").read_text().count('alt="real"')
+    assert pictures == {"images": 8, "statistics": 0}[kind]
 
 
 def test_what_does_not_fit_the_metrics_is_said_before_anything_is_written(
