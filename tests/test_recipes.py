@@ -154,3 +154,17 @@ def test_what_is_watched_must_be_measured(setting: str, message: str) -> None:
         read_recipe(
             ROOT / "configs" / "gan" / "gaussian.yaml", ["evaluation.every_kimg=0", setting]
         )
+
+
+@pytest.mark.parametrize("mode", ["--gan", "--distill"])
+def test_the_embedded_default_ends_in_a_report(mode: str, tmp_path: Path) -> None:
+    """With no recipe at all, made brief: every metric before and after, the teacher's beside."""
+    brief = ("training.duration_kimg=0.064", "objective.head_start_kimg=0", "evaluation.seeds=1")
+    few = ("evaluation.images=1000", "evaluation.every_kimg=0", "training.anneal_kimg=0")
+    outcome = call(mode, *brief, *few, "--outdir", tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    document = json.loads((tmp_path / "00000-mnist32" / "report" / "report.json").read_text())
+    metrics = ["fid", "kid", "precision", "recall"]
+    assert list(document["before"]) == list(document["after"]) == metrics
+    assert list(document["teacher_samples"]["metrics"]) == metrics
+    assert document["drift"]["images"] == document["nearness"]["images"] == 1000
