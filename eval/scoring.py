@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from core import distributed
 from core.distributed import World
+from core.downloads import local_file
 from core.errors import UserError
 from eval import path_length, suite
 from eval.measuring import METRICS, Request, parse
@@ -76,6 +77,8 @@ def prepare(
     names = _left(settings.metrics, left_out, leaving_out=leaving_out)
     settings = settings.model_copy(update={"metrics": names})
     with distributed.main_first(world):
+        if settings.reference is not None:
+            local_file(settings.reference)  # a wrong path is said before an extractor is fetched
         loaded = suite.load(settings, image_shape=subject.image_shape, world=world)
         assert loaded is not None, "what compares without a reference was left out or refused"
         if any(METRICS[metric].compares for metric in loaded.metrics):

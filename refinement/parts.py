@@ -163,6 +163,9 @@ def _measures(
     Raises UserError where reference, samples or student do not serve the metrics.
     """
     shape = tuple(student.image_shape)
+    for source in (settings.reference, settings.teacher):
+        if source not in (None, "teacher", SAMPLED):
+            local_file(found(source))  # a wrong path is said before an extractor is fetched
     loaded = suite.load(settings, image_shape=shape, world=world)
     if loaded is None:
         return None, None

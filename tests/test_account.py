@@ -84,3 +84,15 @@ def test_what_happened_while_training_is_told() -> None:
     assert "fid was 3.25 after 8,000 images, kept in `000000008000.pt`" in told[2]
     assert told[3] == "Training stopped because it diverged: score_loss is 900."
     assert list(account.notes([{"images_seen": 3, "measured": {}}])) == []
+
+
+def test_a_reference_that_is_not_there_is_named_before_an_extractor_is_fetched(
+    tmp_path: Path,
+) -> None:
+    """Inception would be downloaded; the path is what the user can mend."""
+    outcome = call(
+        *("--gan", tiny_recipe(tmp_path), f"evaluation.reference={tmp_path / 'none.zip'}"),
+        *("evaluation.extractor=inception", "--outdir", tmp_path / "runs"),
+    )
+    assert outcome.code == 2 and "none.zip" in outcome.stderr
+    assert "inception" not in outcome.stderr and not (tmp_path / "runs").exists()
