@@ -55,6 +55,8 @@ def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> R
         student_lr=settings.student_lr,
         score_lr=settings.score_lr,
         optimizer=settings.optimizer,
+        shard=settings.shard,
+        world=world,
     )
     newest = checkpoint.restore_newest(state, folder, world)
     if newest is not None:

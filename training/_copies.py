@@ -7,26 +7,38 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from core.sharding import whole
+
 T = TypeVar("T")
 
 
 def copied(value: T, before: object = None) -> T:
-    """Return a copy, all on the CPU, of tensors in dicts and lists; strides stay as they are.
+    """Return a copy, all on the CPU, of tensors in dicts and lists; strides stay as they are, and
+    what is spread over processes becomes whole.
 
     before: an earlier copy, whose tensors are overwritten where they fit; the copy may hold them.
     """
     return cast(T, _copied(value, before))
 
 
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in dicts and lists, in the order in which they are copied."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(below)
+
+
 def _copied(value: object, before: object) -> object:
     if isinstance(value, Tensor):
-        return _tensor(value.detach(), before)
+        return _tensor(whole(value.detach()), before)
     if isinstance(value, dict):
         earlier = before if isinstance(before, Mapping) else {}
         made = copy.copy(value)  # with what a state dict has beside its items: `_metadata`

@@ -8,17 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from core import distributed
+from core import distributed, sharding
 from core.config import Section
 from core.distributed import World
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
-from training._copies import copied
+from training._copies import copied, tensors_in
 from training._seal import damage, scores_of, seal
 from training.state import TrainState
 
@@ -74,13 +75,14 @@ def save(
 class Writer:
     """Writes checkpoints in the background: training waits only until its state is copied.
 
-    One is written at a time. The next `save`, `wait` and the end of the block wait for it and raise
-    what it met: UserError where the disk refuses, and earlier checkpoints are then untouched. The
-    copy takes as much of the computer's memory as a checkpoint, and is used again for the next.
+    All ranks save; the main one writes, one at a time. The next `save`, `wait` and the end of the
+    block wait for it and raise what it met: UserError where the disk refuses, and earlier
+    checkpoints are then untouched. The copy takes as much of the computer's memory as a checkpoint,
+    and is used again for the next.
     """
 
-    def __init__(self, folder: RunFolder, keep: Keep = _KEEP) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: RunFolder, keep: Keep = _KEEP, *, is_main: bool = True) -> None:
+        self.folder, self.keep, self.is_main = folder, keep, is_main
         self._copy: Content = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
@@ -88,7 +90,12 @@ class Writer:
     def save(self, state: TrainState, *, scores: Mapping[str, float] = _NO_SCORES) -> None:
         """Begin to write the checkpoint of this state, which may change from now on."""
         self.wait()
-        self._copy = copied(_content(state), self._copy)
+        content = _content(state)
+        if not self.is_main:
+            for tensor in tensors_in(content):
+                sharding.whole(tensor)  # the main one has no use of parts
+            return
+        self._copy = copied(content, self._copy)
         self._writing = self._thread.submit(
             _write, self._copy, self.folder, self.keep, dict(scores)
         )
@@ -179,17 +186,29 @@ def restore(state: TrainState, path: Path) -> None:
         raise UserError(f"{path} is damaged: {wrong}; delete it to go on from the one before")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        state.networks.student.load_state_dict(content["student"])
-        state.networks.score.load_state_dict(content["score"])
+        for name in ("student", "score"):
+            network = getattr(state.networks, name)
+            network.load_state_dict(sharding.parted_state(content[name], network))
         state.student_ema.load_state_dict(content["student_ema"])
         for name, optimizer in state.optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][name])
+            optimizer.load_state_dict(_parted(content["optimizers"][name], optimizer))
         state.images_seen = content["images_seen"]
     except _DAMAGE as error:
         raise UserError(
             f"{path} is damaged or of another run ({type(error).__name__}); "
             "delete it to go on from the one before"
         ) from error
+
+
+def _parted(saved: Content, optimizer: torch.optim.Optimizer) -> Content:
+    """Return an optimizer's saved state with its tensors spread as their parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = cast(Mapping[int, Mapping[str, Tensor]], saved["state"])
+    spread = {
+        index: {name: sharding.parted(value, parameters[index]) for name, value in values.items()}
+        for index, values in state.items()
+    }
+    return {**saved, "state": spread}
 
 
 def _newest_whole(folder: RunFolder) -> Path | None:

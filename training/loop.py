@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from core import distributed
+from core import distributed, sharding
 from core.distributed import World
 from core.errors import UserError
 from core.precision import computing_in
@@ -65,7 +65,9 @@ def train(
     """
     _refuse_what_cannot_be(config, world, measures=measure_every_kimg > 0)
     total, trained = config.total_images, _wrapped(state, world)
+    in_parts = [state.networks.teacher] if "teacher" in config.shard else []
     with (
+        sharding.sharded(in_parts, world),
         Status(
             folder,
             world,
@@ -73,7 +75,7 @@ def train(
             total_images=total,
             tensorboard=config.tensorboard,
         ) as status,
-        checkpoint.Writer(folder, config.keep) as writer,
+        checkpoint.Writer(folder, config.keep, is_main=world.is_main) as writer,
     ):
         run = _Run(state, config, folder, world, status, writer, _watch(config, folder, world))
         run.measure, run.measuring = measure, Every.kimg(measure_every_kimg)
@@ -119,10 +121,10 @@ class _Run:
         was_due = now > 0 and self.measuring.due(now - self.config.batch_size, now)
         if was_due and self.watch.measured_until < now < total:
             scores = self._measured()
-            if self.config.keep.best is not None and self.world.is_main:
+            if self.config.keep.best is not None:
                 self.writer.save(self.state, scores=scores)
-        goes_back = not self.watch.is_spent and self.world.is_main
-        if goes_back and checkpoint.newest(self.folder) is None:
+        has_none = distributed.from_main(checkpoint.newest(self.folder) is None, self.world)
+        if has_none and not self.watch.is_spent:
             self.writer.save(self.state)  # so that there is somewhere to go back to
 
     def after_round(self, stop_requested: Callable[[], bool]) -> None:
@@ -136,7 +138,7 @@ class _Run:
         if last or (self.measuring.due(before, now) and not stop):
             scores = self._measured()
         saves = Every.kimg(self.config.checkpoint_every_kimg).due(before, now)
-        if (last or stop or saves or self.is_over_early) and self.world.is_main:
+        if last or stop or saves or self.is_over_early:
             self.writer.save(self.state, scores=scores)
         if stop:
             self.wait_for_writing()
@@ -220,6 +222,14 @@ def _refuse_what_cannot_be(config: Config, world: World, *, measures: bool) -> N
             f"training.batch_size is {config.batch_size}, fewer than the {world.size} processes: "
             "start fewer, or make it larger"
         )
+    size = config.micro_batch_size or config.batch_size
+    fewest, most = config.batch_size // world.size, -(-config.batch_size // world.size)
+    if config.shard and world.size > 1 and -(-fewest // size) != -(-most // size):
+        raise UserError(
+            f"training.shard: networks run equally often in all processes, and shares of {fewest} "
+            f"and {most} images in parts of training.micro_batch_size={size} do not: choose a "
+            f"training.batch_size that is a multiple of {world.size}"
+        )
     if config.early_stop_kimg is not None and not measures:
         raise UserError(
             "training.early_stop_kimg needs measurements while training: set evaluation.every_kimg "
@@ -281,11 +291,15 @@ def update(
 
 
 def _wrapped(state: TrainState, world: World) -> Networks:
-    """Return the networks, those that an optimizer trains wrapped for several processes."""
-    trained = {
-        name: distributed.wrap(getattr(state.networks, name), world) for name in state.optimizers
+    """Return the networks, those that an optimizer trains wrapped for several processes where they
+    are not spread over them.
+    """
+    trained = {name: getattr(state.networks, name) for name in state.optimizers}
+    wrapped = {
+        name: network if sharding.is_sharded(network) else distributed.wrap(network, world)
+        for name, network in trained.items()
     }
-    return replace(state.networks, **trained)
+    return replace(state.networks, **wrapped)
 
 
 def _micro_batches(draws: Draws, config: Config, world: World) -> Iterator[Draws]:
@@ -301,6 +315,7 @@ def _synchronised(networks: Iterable[nn.Module], *, last: bool) -> Iterator[None
     """Run the body so that gradients are averaged over ranks only in the last micro-batch."""
     with ExitStack() as stack:
         for network in networks:
+            sharding.synchronise(network, last)
             if isinstance(network, DistributedDataParallel) and not last:
                 stack.enter_context(network.no_sync())
         yield
@@ -328,7 +343,8 @@ def _checked_norms(
 
 
 def _gradient_norm(network: nn.Module) -> Tensor:
-    return get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    return sharding.whole(get_total_norm(gradients))
 
 
 def _set_learning_rate(state: TrainState, name: TrainedNetwork, config: Config) -> None:

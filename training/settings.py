@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from core.config import Section
@@ -36,6 +38,10 @@ class Config(Section):
     """What networks compute in while training; weights and what is measured stay float32.
     bfloat16, in diffusion networks, is faster where the device has it; tf32, in all, on GPUs.
     """
+    shard: tuple[Literal["student", "score", "teacher"], ...] = ()
+    """Networks whose weights are spread over the processes (FSDP2) and not repeated on each: those
+    too large for one GPU. A StyleGAN cannot be.
+    """
     gradient_clip: float | None = Field(default=None, gt=0)
     """Largest norm of an update's gradient; longer ones are scaled down to it. null: no limit."""
     ema_halflife_kimg: float = Field(default=500.0, ge=0)
@@ -63,6 +69,14 @@ class Config(Section):
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} exceeds batch_size {self.batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_can_be_parted(self) -> Config:
+        if self.optimizer.name == "Adafactor" and {"student", "score"} & set(self.shard):
+            raise ValueError(
+                "shard: Adafactor needs whole matrices: take Adam, or shard the teacher alone"
             )
         return self
 

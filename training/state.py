@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from core import sharding
 from core.config import Section
+from core.distributed import World
 from core.protocols import Networks, TrainedNetwork
 
 
@@ -42,7 +45,9 @@ _UNFIT = frozenset(("Optimizer", "LBFGS", "Muon", "SparseAdam"))
 
 
 _FUSED = frozenset(("Adam", "AdamW", "SGD"))
-"""Those that go over the weights once instead of ten times, on every device."""
+"""Those that go over the weights once instead of ten times, on every device …"""
+_FUSED_IN_PARTS = frozenset(("Adam", "AdamW"))
+"""… and also over a sharded network's."""
 
 
 def optimizer_names() -> list[str]:
@@ -68,20 +73,33 @@ class TrainState:
 
 
 def start(
-    networks: Networks, *, student_lr: float, score_lr: float, optimizer: OptimizerConfig
+    networks: Networks,
+    *,
+    student_lr: float,
+    score_lr: float,
+    optimizer: OptimizerConfig,
+    shard: Collection[str] = (),
+    world: World | None = None,
 ) -> TrainState:
-    """Return the state before the first image. Freezes the teacher."""
+    """Return the state before the first image. Freezes the teacher.
+
+    shard: of student and score, those to be spread over the processes of the world, before their
+    optimizers are made; the student's average stays whole. Raises UserError where one cannot be.
+    """
     networks.teacher.eval().requires_grad_(False)
+    ema = copy.deepcopy(networks.student).eval().requires_grad_(False)
     learning: dict[TrainedNetwork, tuple[nn.Module, float]] = {
         "student": (networks.student, student_lr),
         "score": (networks.score, score_lr),
     }
+    for name, (network, _) in learning.items():
+        if name in shard and world is not None:
+            sharding.shard(network, world)
     optimizers: dict[TrainedNetwork, torch.optim.Optimizer] = {
         name: _optimizer(network.eval().requires_grad_(True), lr, optimizer)
         for name, (network, lr) in learning.items()
         if any(True for _ in network.parameters())
     }
-    ema = copy.deepcopy(networks.student).eval().requires_grad_(False)
     return TrainState(0, networks, ema, optimizers)
 
 
@@ -89,7 +107,7 @@ def start(
 def follow(average: nn.Module, network: nn.Module, *, decay: float) -> None:
     """Move parameters to decay * average + (1 - decay) * network; copy buffers."""
     slow: list[Tensor] = list(average.parameters())
-    fast: list[Tensor] = list(network.parameters())
+    fast: list[Tensor] = [sharding.whole(parameter) for parameter in network.parameters()]
     torch._foreach_lerp_(slow, fast, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for kept, current in zip(average.buffers(), network.buffers(), strict=True):
         kept.copy_(current)
@@ -110,6 +128,6 @@ def _optimizer(network: nn.Module, lr: float, config: OptimizerConfig) -> torch.
         # Adafactor's eps is a pair, of another meaning.
         if name in known and isinstance(known[name].default, tuple) == isinstance(value, tuple)
     }
-    if config.name in _FUSED:
+    if config.name in (_FUSED_IN_PARTS if sharding.is_sharded(network) else _FUSED):
         chosen["fused"] = True
     return kind(network.parameters(), lr=lr, **chosen)

@@ -1,0 +1,105 @@
+"""Networks spread over the processes, for those too large for one GPU: FSDP2, torch's
+`fully_shard` (Zhao et al., 2023, arXiv 2304.11277).
+
+A process keeps a part of each parameter, with that part's gradient and optimizer state. Layers are
+gathered one after the other while the network runs and dropped again behind it, so that all
+processes must run it, equally often. A single process keeps all. FSDP is imported where it is
+used, which takes half a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from core.distributed import World
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+def shard(network: nn.Module, world: World) -> None:
+    """Spread a network's parameters over the processes, in place: each entry of its lists of layers
+    is gathered by itself, and the rest together.
+
+    It cannot be copied any more. Raises UserError where a parameter has no dimension to part.
+    """
+    parameters = dict(network.named_parameters())
+    if world.size == 1 or not parameters:
+        return
+    if undivided := [name for name, value in parameters.items() if value.dim() == 0]:
+        raise UserError(
+            f"training.shard: {type(network).__name__} has numbers for parameters "
+            f"({undivided[0]}, …), which cannot be parted: leave that network out"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    network.to(memory_format=torch.contiguous_format)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for module in list(network.modules()):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            for layer in module.children():
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def gather(network: nn.Module) -> None:
+    """Let each process have all parameters again, for good; all call it."""
+    for module in network.modules():
+        if is_sharded(module):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+
+
+@contextmanager
+def sharded(networks: Iterable[nn.Module], world: World) -> Iterator[None]:
+    """Run the body with networks spread over the processes; whole again where it ends well."""
+    spread = list(networks)
+    for network in spread:
+        shard(network, world)
+    yield
+    for network in spread:
+        gather(network)
+
+
+def is_sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
+    """Return whether the network's parameters are spread over the processes."""
+    return hasattr(network, "set_requires_gradient_sync")
+
+
+def synchronise(network: nn.Module, wanted: bool) -> None:
+    """Set whether a sharded network averages gradients over processes in the next backward pass."""
+    if is_sharded(network):
+        network.set_requires_gradient_sync(wanted)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which this process may have a part; all processes call it."""
+    return tensor.full_tensor() if _is_part(tensor) else tensor
+
+
+def parted(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that all processes have whole, spread as another of its shape is."""
+    if not _is_part(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    on_device = value.to(like.device_mesh.device_type)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def parted_state(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Return a whole state dict with its tensors spread as the network's are."""
+    present = network.state_dict()
+    return {k: parted(v, present[k]) if k in present else v for k, v in state.items()}
+
+
+def _is_part(tensor: Tensor) -> TypeGuard[DTensor]:
+    return hasattr(tensor, "full_tensor")
