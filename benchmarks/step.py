@@ -22,7 +22,7 @@ import copy
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -200,7 +200,13 @@ def _ours(task: Task) -> Callable[[], object]:
     return lambda: list(loop.play_round(state, objective, config, trained=networks, world=alone))
 
 
-def state_of(network: dict[str, object], device: str) -> TrainState:
+def state_of(
+    network: dict[str, object],
+    device: str,
+    *,
+    shard: Sequence[str] = (),
+    world: World | None = None,
+) -> TrainState:
     """Return the start of `--distill`: teacher, score and student of one shape, weights drawn."""
     torch.manual_seed(0)
     teacher = edm.build(edm.Config.model_validate(network))
@@ -212,6 +218,8 @@ def state_of(network: dict[str, object], device: str) -> TrainState:
         student_lr=config.student_lr,
         score_lr=config.score_lr,
         optimizer=config.optimizer,
+        shard=shard,
+        world=world,
     )
 
 

@@ -1,8 +1,8 @@
 """Which process this is, on which device, and the few things that processes do together.
 
 Under torchrun there is a process group, nccl on CUDA and gloo on a CPU. A single process has none,
-and every function here is then the identity. Left out: sharded parameters; each rank holds whole
-networks.
+and every function here is then the identity. Each rank holds whole networks; sharding.py has those
+that are spread over ranks.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def shard(network: nn.Module, world: World) -> None:
 def gather(network: nn.Module) -> None:
     """Let each process have all parameters again, for good; all call it."""
     for module in network.modules():
-        if is_sharded(module):
+        if _is_fsdp(module):
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
 
@@ -69,14 +69,14 @@ def sharded(networks: Iterable[nn.Module], world: World) -> Iterator[None]:
         gather(network)
 
 
-def is_sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
+def is_sharded(network: nn.Module) -> bool:
     """Return whether the network's parameters are spread over the processes."""
-    return hasattr(network, "set_requires_gradient_sync")
+    return _is_fsdp(network)
 
 
 def synchronise(network: nn.Module, wanted: bool) -> None:
     """Set whether a sharded network averages gradients over processes in the next backward pass."""
-    if is_sharded(network):
+    if _is_fsdp(network):
         network.set_requires_gradient_sync(wanted)
 
 
@@ -103,3 +103,7 @@ def parted_state(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, T
 
 def _is_part(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")
+
+
+def _is_fsdp(network: nn.Module) -> TypeGuard[FSDPModule]:
+    return hasattr(network, "set_requires_gradient_sync")

@@ -64,7 +64,7 @@ def train(
     Diverged before weights go bad, unless the run goes back to an earlier state and on from there.
     """
     _refuse_what_cannot_be(config, world, measures=measure_every_kimg > 0)
-    total, trained = config.total_images, _wrapped(state, world)
+    total, trained = config.total_images, wrapped(state, world)
     in_parts = [state.networks.teacher] if "teacher" in config.shard else []
     with (
         sharding.sharded(in_parts, world),
@@ -290,7 +290,7 @@ def update(
     return _mean_readings(outputs) | {f"{name}_gradient": norm for name, norm in norms.items()}
 
 
-def _wrapped(state: TrainState, world: World) -> Networks:
+def wrapped(state: TrainState, world: World) -> Networks:
     """Return the networks, those that an optimizer trains wrapped for several processes where they
     are not spread over them.
     """
