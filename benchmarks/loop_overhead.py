@@ -30,7 +30,7 @@ from core.distributed import World
 from core.randomness import Draws
 from core.run_folder import RunFolder
 from objectives import diff_instruct
-from training import loop
+from training import loop, rounds
 from training.settings import Config
 
 NETWORKS = ("forward", "backward", "optimizer")
@@ -139,8 +139,8 @@ def _timed(state: loop.TrainState, watch: Stopwatch) -> Iterator[None]:
             (Draws, "_words", "draws"),
             (Draws, "normal", "draws"),
             (Draws, "uniform", "draws"),
-            (loop, "_checked_norms", "gradient norms and check"),
-            (loop, "follow", "moving average"),
+            (rounds, "_checked_norms", "gradient norms and check"),
+            (rounds, "follow", "moving average"),
         )
     ]
     for patch in patches:

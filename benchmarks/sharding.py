@@ -23,7 +23,7 @@ from benchmarks.step import SHAPES, state_of
 from core import distributed, sharding
 from core.distributed import World
 from objectives import diff_instruct
-from training import loop
+from training.settings import Config
 
 SETTINGS = ("", "score", "score,teacher", "score,teacher,student")
 
@@ -54,15 +54,15 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
     with distributed.session(device) as world:
         before = _held(world)
         state = state_of(SHAPES[shape], str(world.device), shard=names, world=world)
-        config = loop.Config.model_validate({"batch_size": world.size, "shard": names})
-        trained, seconds = loop.wrapped(state, world), []
+        config = Config.model_validate({"batch_size": world.size, "shard": names})
+        trained, seconds = rounds.wrapped(state, world), []
         objective = diff_instruct.build(diff_instruct.Config())
         teachers = [state.networks.teacher] if "teacher" in names else []
         with sharding.sharded(teachers, world):
             _held(world)
             for _ in range(rounds):
                 started = time.perf_counter()
-                list(loop.play_round(state, objective, config, trained=trained, world=world))
+                list(rounds.play_round(state, objective, config, trained=trained, world=world))
                 if world.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)

@@ -40,8 +40,9 @@ from core.protocols import Networks
 from generators import one_step_edm
 from objectives import diff_instruct
 from teachers import edm
-from training import loop
+from training import rounds
 from training import state as training_state
+from training.settings import Config
 from training.state import TrainState
 
 _DDPMPP = {"img_channels": 3, "model_type": "SongUNet", "augment_dim": 9}
@@ -193,11 +194,11 @@ def _ours(task: Task) -> Callable[[], object]:
     """Return what plays one round of ours."""
     device, column = torch.device(task.device), COLUMNS[task.column]
     state = state_of(task.network, task.device)
-    config = loop.Config(batch_size=task.batch, precision=column.precision)
+    config = Config(batch_size=task.batch, precision=column.precision)
     settings = diff_instruct.Config(shared_batch=column.shared_batch)
     objective, alone = diff_instruct.build(settings), World(0, 1, 0, device)
     networks = state.networks
-    return lambda: list(loop.play_round(state, objective, config, trained=networks, world=alone))
+    return lambda: list(rounds.play_round(state, objective, config, trained=networks, world=alone))
 
 
 def state_of(
@@ -212,7 +213,7 @@ def state_of(
     teacher = edm.build(edm.Config.model_validate(network))
     teacher = teacher.to(device, memory_format=torch.channels_last)
     student = one_step_edm.from_teacher(teacher, one_step_edm.Config())
-    config = loop.Config()
+    config = Config()
     return training_state.start(
         Networks(student, copy.deepcopy(teacher), teacher),
         student_lr=config.student_lr,

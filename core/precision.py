@@ -14,12 +14,15 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import nn
 
-Precision = Literal["float32", "tf32", "bfloat16"]
-"""tf32: float32 whose products tensor cores round to 10 bits, in all networks; a CPU has none."""
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+"""tf32: float32 whose products tensor cores round to 10 bits, in all networks; a CPU has none.
+float16: for GPUs that have no bfloat16; small gradients vanish in it, so losses are to be scaled.
+"""
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
     "tf32": torch.float32,
     "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
 }
 
 

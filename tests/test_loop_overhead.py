@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks import loop_overhead, step
 from core.randomness import Draws
-from training import loop
+from training import loop, rounds
 
 TINY = {"img_channels": 3, "img_resolution": 8, "model_type": "SongUNet", "augment_dim": 9}
 TINY |= {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1}
@@ -28,8 +28,8 @@ def sleeping(function):
 @pytest.mark.parametrize(
     ("owner", "name", "part", "calls"),
     [
-        (loop, "follow", "moving average", 1),
-        (loop, "_checked_norms", "gradient norms and check", 2),
+        (rounds, "follow", "moving average", 1),
+        (rounds, "_checked_norms", "gradient norms and check", 2),
         (loop, "_any", "other", 1),
         (Draws, "normal", "draws", 6),
         (torch.optim.Adam, "step", "optimizer", 2),

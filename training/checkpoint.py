@@ -21,6 +21,7 @@ from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
 from training._copies import copied, tensors_in
 from training._seal import damage, scores_of, seal
+from training.loss_scale import LossScale
 from training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -192,6 +193,8 @@ def restore(state: TrainState, path: Path) -> None:
         state.student_ema.load_state_dict(content["student_ema"])
         for name, optimizer in state.optimizers.items():
             optimizer.load_state_dict(_parted(content["optimizers"][name], optimizer))
+        scales = content.get("loss_scales", {})
+        state.loss_scales = {phase: LossScale(*known) for phase, known in scales.items()}
         state.images_seen = content["images_seen"]
     except _DAMAGE as error:
         raise UserError(
@@ -276,6 +279,9 @@ def _content(state: TrainState) -> Content:
         "score": state.networks.score.state_dict(),
         "student_ema": state.student_ema.state_dict(),
         "optimizers": {name: value.state_dict() for name, value in state.optimizers.items()},
+        "loss_scales": {
+            phase: (scale.value, scale.good_updates) for phase, scale in state.loss_scales.items()
+        },
     }
 
 

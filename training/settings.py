@@ -36,7 +36,8 @@ class Config(Section):
     """Thousands of images at the end over which both learning rates fall to 0."""
     precision: Precision = "float32"
     """What networks compute in while training; weights and what is measured stay float32.
-    bfloat16, in diffusion networks, is faster where the device has it; tf32, in all, on GPUs.
+    bfloat16, in diffusion networks, is faster where the device has it; float16 is for GPUs without
+    it, its losses are scaled; tf32, in all networks, on GPUs.
     """
     shard: tuple[Literal["student", "score", "teacher"], ...] = ()
     """Networks whose weights are spread over the processes (FSDP2) and not repeated on each: those

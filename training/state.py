@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from pydantic import Field, field_validator
@@ -15,6 +15,7 @@ from core import sharding
 from core.config import Section
 from core.distributed import World
 from core.protocols import Networks, TrainedNetwork
+from training.loss_scale import LossScale
 
 
 class OptimizerConfig(Section):
@@ -70,6 +71,8 @@ class TrainState:
     """Both learning rates are multiplied by it: below 1 after a rollback. The readings hold it, not
     the checkpoint, which is older than the rollback to it.
     """
+    loss_scales: dict[str, LossScale] = field(default_factory=dict)
+    """Phase -> the factor on its loss; in float16 alone."""
 
 
 def start(
