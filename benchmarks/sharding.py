@@ -55,7 +55,7 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
         before = _held(world)
         state = state_of(SHAPES[shape], str(world.device), shard=names, world=world)
         config = Config.model_validate({"batch_size": world.size, "shard": names})
-        trained, seconds = rounds.wrapped(state, world), []
+        trained, seconds = rounds.wrapped(state.networks, state, world), []
         objective = diff_instruct.build(diff_instruct.Config())
         teachers = [state.networks.teacher] if "teacher" in names else []
         with sharding.sharded(teachers, world):

@@ -22,6 +22,7 @@ import copy
 import multiprocessing
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._memory import in_use
 from benchmarks._published import on_path
+from core.compiling import Mode, compiled
 from core.distributed import World
 from core.errors import UserError
 from core.precision import DTYPES, Precision
@@ -60,6 +62,7 @@ class Column(NamedTuple):
 
     precision: Precision
     shared_batch: bool
+    compile: Mode | None = None
 
 
 COLUMNS = {
@@ -67,7 +70,14 @@ COLUMNS = {
     "float32, shared batch": Column("float32", True),
     "bfloat16": Column("bfloat16", False),
     "bfloat16, shared batch": Column("bfloat16", True),
+    "tf32, shared batch": Column("tf32", True),
+    "float16, shared batch": Column("float16", True),
+    "float32, shared batch, compiled": Column("float32", True, "default"),
+    "bfloat16, shared batch, compiled": Column("bfloat16", True, "default"),
+    "bfloat16, shared batch, CUDA graphs": Column("bfloat16", True, "reduce-overhead"),
 }
+FOR_A_CPU = tuple(COLUMNS)[:4]
+"""A CPU rounds no products to tf32, is slow in float16, and has no graphs to replay."""
 
 
 class Task(NamedTuple):
@@ -102,7 +112,11 @@ class Report(NamedTuple):
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option(
-    "--column", "names", multiple=True, type=click.Choice(list(COLUMNS)), help="Default: all."
+    "--column",
+    "names",
+    multiple=True,
+    type=click.Choice(list(COLUMNS)),
+    help="Default: all; on a CPU, the first four.",
 )
 @click.option("--published", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(
@@ -115,7 +129,8 @@ def main(
     published: Path | None,
 ) -> None:
     """Print the table."""
-    columns = [*(names or COLUMNS), *([PUBLISHED] if published else [])]
+    usual = FOR_A_CPU if device == "cpu" else COLUMNS
+    columns = [*(names or usual), *([PUBLISHED] if published else [])]
     click.echo(
         "| network | column | s a round | images/s | peak MiB | of device rate "
         f"| speed, {columns[-1]} = 1 |"
@@ -173,15 +188,16 @@ def _asked(line: Connection, request: str, task: Task):
 def _serve(task: Task, line: Connection) -> None:
     """Answer "warm up", "round" (with its seconds) and "report" until the line is closed."""
     torch.set_num_threads(task.threads)
-    play = _official(task) if task.column == PUBLISHED else _ours(task)
+    official = task.column == PUBLISHED
     device = torch.device(task.device)
-    with contextlib.suppress(EOFError):
+    with (
+        contextlib.nullcontext(_official(task)) if official else _ours(task) as play,
+        contextlib.suppress(EOFError),
+    ):
         while request := line.recv():
             if request == "report":
                 peak = in_use(device, peak=True)
-                with FlopCounterMode(display=False) as counter:
-                    play()
-                line.send(Report(peak, counter.get_total_flops(), _device_rate(task)))
+                line.send(Report(peak, _flops(play), _device_rate(task)))
                 continue
             started = time.perf_counter()
             play()
@@ -190,15 +206,18 @@ def _serve(task: Task, line: Connection) -> None:
             line.send(time.perf_counter() - started)
 
 
-def _ours(task: Task) -> Callable[[], object]:
-    """Return what plays one round of ours."""
+@contextlib.contextmanager
+def _ours(task: Task) -> Iterator[Callable[[], object]]:
+    """Yield what plays one round of ours."""
     device, column = torch.device(task.device), COLUMNS[task.column]
     state = state_of(task.network, task.device)
-    config = Config(batch_size=task.batch, precision=column.precision)
+    config = Config(batch_size=task.batch, precision=column.precision, compile=column.compile)
     settings = diff_instruct.Config(shared_batch=column.shared_batch)
     objective, alone = diff_instruct.build(settings), World(0, 1, 0, device)
-    networks = state.networks
-    return lambda: list(rounds.play_round(state, objective, config, trained=networks, world=alone))
+    with compiled(state.networks, column.compile, device) as networks:
+        yield lambda: list(
+            rounds.play_round(state, objective, config, trained=networks, world=alone)
+        )
 
 
 def state_of(
@@ -277,6 +296,15 @@ def _official(task: Task) -> Callable[[], object]:
                 slow.copy_(fast.detach().lerp(slow, 0.999))
 
     return play
+
+
+def _flops(play: Callable[[], object]) -> int:
+    """Return the multiplications and additions of a round, compiled or not."""
+    counter = FlopCounterMode(display=False)
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), counter:
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+        play()
+    return counter.get_total_flops()
 
 
 def _device_rate(task: Task) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from core import distributed, sharding
+from core.compiling import compiled
 from core.distributed import World
 from core.errors import UserError
 from core.protocols import Objective
@@ -51,10 +52,11 @@ def train(
     Diverged before weights go bad, unless the run goes back to an earlier state and on from there.
     """
     _refuse_what_cannot_be(config, world, measures=measure_every_kimg > 0)
-    total, trained = config.total_images, wrapped(state, world)
+    total = config.total_images
     in_parts = [state.networks.teacher] if "teacher" in config.shard else []
     with (
         sharding.sharded(in_parts, world),
+        compiled(state.networks, config.compile, world.device) as networks,
         Status(
             folder,
             world,
@@ -67,6 +69,7 @@ def train(
         run = _Run(state, config, folder, world, status, writer, _watch(config, folder, world))
         run.measure, run.measuring = measure, Every.kimg(measure_every_kimg)
         run.begin()
+        trained = wrapped(networks, state, world)
         while state.images_seen < total and not run.is_over_early:
             try:
                 for readings in play_round(state, objective, config, trained=trained, world=world):

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from core import distributed, sharding
+from core.compiling import replays
 from core.distributed import World
 from core.precision import computing_in
 from core.protocols import LossOutput, Networks, Objective, Phase, TrainedNetwork
@@ -56,9 +57,9 @@ def update(
     Raises Diverged where loss or gradient is not finite, before any weight changes.
     """
     learning: dict[TrainedNetwork, nn.Module] = {n: getattr(trained, n) for n in phase.trains}
-    networks = replace(state.networks, **learning)
+    networks = replace(_bare(trained), **learning)
     for name in learning:
-        state.optimizers[name].zero_grad(set_to_none=True)
+        _forget_gradients(state.optimizers[name], keep_memory=replays(config.compile))
     draws = Draws(config.seed, state.images_seen, 0, config.batch_size, world.device)
     parts = list(_micro_batches(draws.scoped(f"{phase.name}/{repeat}"), config, world))
     scale = _loss_scale(phase, state, config)
@@ -66,6 +67,8 @@ def update(
     outputs = []
     for index, part in enumerate(parts):
         with _synchronised(learning.values(), last=index == len(parts) - 1):
+            if replays(config.compile):
+                torch.compiler.cudagraph_mark_step_begin()
             output = phase.loss(networks, part)
             (output.per_image.sum() * factor).backward()
         outputs.append(LossOutput(output.per_image.detach(), output.readings))
@@ -79,16 +82,32 @@ def update(
     return readings | scale.readings(phase.name, skipped=not norms, device=world.device)
 
 
-def wrapped(state: TrainState, world: World) -> Networks:
-    """Return the networks, those that an optimizer trains wrapped for several processes where they
-    are not spread over them.
+def wrapped(networks: Networks, state: TrainState, world: World) -> Networks:
+    """Return the networks, compiled or not, those that an optimizer trains wrapped for several
+    processes where they are not spread over them.
     """
-    trained = {name: getattr(state.networks, name) for name in state.optimizers}
-    wrapped = {
+    trained = {name: getattr(networks, name) for name in state.optimizers}
+    ready = {
         name: network if sharding.is_sharded(network) else distributed.wrap(network, world)
         for name, network in trained.items()
     }
-    return replace(state.networks, **wrapped)
+    return replace(networks, **ready)
+
+
+def _bare(networks: Networks) -> Networks:
+    """Return the networks as they are called where they do not learn."""
+    student, score = (distributed.unwrap(n) for n in (networks.student, networks.score))
+    return replace(networks, student=student, score=score)
+
+
+def _forget_gradients(optimizer: torch.optim.Optimizer, *, keep_memory: bool) -> None:
+    """Begin anew. keep_memory: in memory of their own, where a replayed graph's results are not."""
+    optimizer.zero_grad(set_to_none=not keep_memory)
+    if keep_memory:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
 
 def _micro_batches(draws: Draws, config: Config, world: World) -> Iterator[Draws]:

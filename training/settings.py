@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from core.compiling import Mode
 from core.config import Section
 from core.precision import Precision
 from training import checkpoint
@@ -39,6 +40,10 @@ class Config(Section):
     bfloat16, in diffusion networks, is faster where the device has it; float16 is for GPUs without
     it, its losses are scaled; tf32, in all networks, on GPUs.
     """
+    compile: Mode | None = None
+    """Compile networks for training with this mode of torch.compile: minutes at the start, for
+    faster rounds. reduce-overhead and max-autotune replay CUDA graphs. null: do not.
+    """
     shard: tuple[Literal["student", "score", "teacher"], ...] = ()
     """Networks whose weights are spread over the processes (FSDP2) and not repeated on each: those
     too large for one GPU. A StyleGAN cannot be.
@@ -71,6 +76,12 @@ class Config(Section):
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} exceeds batch_size {self.batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_or_parted(self) -> Config:
+        if self.compile is not None and self.shard:
+            raise ValueError("compile and shard cannot be combined: leave one of them out")
         return self
 
     @model_validator(mode="after")
