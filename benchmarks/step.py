@@ -7,7 +7,8 @@
 The student is the teacher at one noise level (`--distill`), all weights are drawn. A round holds
 both steps, both optimizers and the moving average. Each column runs in a process of its own, one
 at a time and in turns, so that its peak memory is its own and a busy machine slows all alike; all
-of them are held at once. The device's rate is measured there too, after the rounds.
+of them are held at once, unless `--alone` says otherwise. The device's rate is measured there too,
+after the rounds.
 
 PATH is a checkout of the official Diff-Instruct code. Its networks and losses run unmodified, in
 the order and with the settings of its training loop: train mode with dropout, contiguous float32.
@@ -118,6 +119,7 @@ class Report(NamedTuple):
     type=click.Choice(list(COLUMNS)),
     help="Default: all; on a CPU, the first four.",
 )
+@click.option("--alone", is_flag=True, help="Hold one column in memory at a time: no turns.")
 @click.option("--published", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(
     device: str,
@@ -126,6 +128,7 @@ def main(
     rounds: int,
     threads: int,
     names: tuple[str, ...],
+    alone: bool,
     published: Path | None,
 ) -> None:
     """Print the table."""
@@ -138,7 +141,12 @@ def main(
     click.echo("|---|---|---:|---:|---:|---:|---:|")
     for shape in shapes:
         tasks = [Task(name, SHAPES[shape], batch, device, threads, published) for name in columns]
-        seconds, reports = _measured(tasks, rounds=rounds)
+        seconds: dict[str, list[float]] = {}
+        reports: list[Report] = []
+        for held in [[task] for task in tasks] if alone else [tasks]:
+            taken, said = _measured(held, rounds=rounds)
+            seconds |= taken
+            reports += said
         for row in _rows(seconds, reports, batch=batch):
             click.echo(f"| {shape} {row}")
 
