@@ -174,6 +174,21 @@ class Real(Moments, Protocol):
         ...
 
 
+class Planned(NamedTuple):
+    """Images that are still to be made."""
+
+    images: int
+    kept: int
+    """So many of their features will be kept."""
+    mean: Tensor = torch.empty(0)
+    covariance: Tensor = torch.empty(0, 0)
+
+    @property
+    def features(self) -> Tensor:
+        """Return as many rows as there will be."""
+        return torch.empty(self.kept, 0)
+
+
 def check(
     requests: Sequence[Request],
     *,

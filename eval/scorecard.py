@@ -41,7 +41,8 @@ class Scorecard:
     seeds: tuple[tuple[int, int], ...]
     """For each value its first seed and the one after its last; for files, of what indices."""
     reference: ReferenceName | None
-    extractor: ExtractorName
+    extractor: ExtractorName | None
+    """None where no metric looks at features."""
     distance: ExtractorName | None
     """Between images, of path lengths; None where none was measured."""
     definitions: Mapping[str, object]
@@ -90,7 +91,8 @@ def _facts(card: Scorecard) -> dict[str, str]:
     if reference is not None:
         count = "an unknown number of" if reference.images is None else f"{reference.images:,}"
         found["against"] = f"{count} images of {reference.name} (sha256 {reference.sha256[:12]})"
-    found["features"] = f"{card.extractor.name} (sha256 {card.extractor.sha256[:12]})"
+    if card.extractor is not None:
+        found["features"] = f"{card.extractor.name} (sha256 {card.extractor.sha256[:12]})"
     if card.distance is not None:
         found["distance"] = f"{card.distance.name} (sha256 {card.distance.sha256[:12]})"
     if card.sampler is not None:

@@ -50,9 +50,14 @@ def usual_images(names: Sequence[str]) -> int:
 
 
 def usual_extractor(names: Sequence[str]) -> str:
-    """Return the extractor of published values, where it is one for all names; else inception."""
+    """Return the extractor of published values, where it is one for all names; else inception.
+
+    Path lengths have a distance of their own: for them alone it is pixels, which loads nothing.
+    """
     found = {METRICS[m].published_features for request in parse(names) for m in request.metrics}
-    found.discard("lpips")  # a distance of its own
+    found.discard("lpips")
+    if not found:
+        return "pixels"
     return found.pop() if len(found) == 1 else "inception"
 
 
@@ -107,6 +112,7 @@ def measure(measurement: Measurement) -> Scorecard:
     )
     starts = [measurement.first_seed + k * settings.images for k in range(settings.seeds)]
     distance = measures.distance if "ppl" in found else None
+    looked_at_features = set(found) != {"ppl"}
     return Scorecard(
         subject=SubjectName(subject.source, subject.sha256, subject.kind),
         metrics=found,
@@ -114,7 +120,7 @@ def measure(measurement: Measurement) -> Scorecard:
         images=settings.images,
         seeds=tuple((start, start + settings.images) for start in starts),
         reference=measures.real and ReferenceName.of(measures.real),
-        extractor=ExtractorName.of(measures.extractor),
+        extractor=ExtractorName.of(measures.extractor) if looked_at_features else None,
         distance=distance and ExtractorName(distance.name, distance.sha256),
         definitions=settings.definitions.model_dump(mode="json"),
         sampler=subject.sampler,

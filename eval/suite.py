@@ -214,15 +214,20 @@ class Suite:
             )
         return found
 
-    def check(self, *, images: int, student: nn.Module | None) -> None:
-        """Raise a UserError that says what stands in the way of these metrics, if anything does."""
+    def check(
+        self, *, images: int, student: nn.Module | None, real: measuring.Real | None = None
+    ) -> None:
+        """Raise a UserError that says what stands in the way of these metrics, if anything does.
+
+        real: what they will be compared with, if not the suite's own.
+        """
         for walk in _walks(self.requests):
             if student is not None:
                 path_length.check(student, WALKS[walk])
         measuring.check(
             self.requests,
             images=images,
-            real=self.real,
+            real=self.real if real is None else real,
             can_classify=self.extractor.head is not None,
             config=self.definitions,
         )

@@ -21,6 +21,7 @@ from core.protocols import Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
 from eval import reference, samples, suite
+from eval.measuring import Planned
 from eval.reference import Reference
 from eval.suite import Suite, size
 from generators import one_step_edm
@@ -170,7 +171,11 @@ def _measures(
     if loaded is None:
         return None, None
     made = None
-    if settings.reference not in (None, "teacher"):
+    if settings.reference == "teacher":
+        kept = min(settings.images, settings.definitions.kept_images)
+        planned = Planned(settings.images, kept)
+        loaded.check(images=settings.images, student=student, real=planned)
+    elif settings.reference is not None:
         real = suite.read_reference(found(settings.reference), loaded, image_shape=shape)
         loaded = replace(loaded, real=real)
         loaded.check(images=settings.images, student=student)

@@ -337,3 +337,11 @@ def test_path_lengths_need_latents(real: Path) -> None:
     """A set of images has none."""
     said = _refused("ppl", real, "--extractor", "pixels")
     assert "ppl walks in the latents of a student" in said and "is a set of images" in said
+
+
+def test_path_lengths_alone_need_no_features() -> None:
+    """Nothing is fetched for them but their distance, and the card names no features."""
+    student = ROOT / "assets" / "mnist32" / "student.safetensors"
+    card = _measured("ppl", student, "--images", 8, "--set", "path_distance=mnist32")
+    assert card["metrics"]["ppl"]["mean"] > 0
+    assert card["extractor"] is None and card["distance"]["name"] == "mnist32"

@@ -109,6 +109,10 @@ MISFITS = {
     "classes": (["teacher.config.num_classes=2"], ["0 classes", "the teacher 2"]),
     "extractor": (["evaluation.extractor=incepton"], ["'incepton'", "inception", "pixels"]),
     "extractor of another size": (["evaluation.extractor=mnist32"], ["mnist32", "(1, 32, 32)"]),
+    "too few samples of the teacher": (
+        ["evaluation.reference=teacher", "evaluation.metrics=[kid]", "evaluation.images=99"],
+        ["kid needs at least 1,000 generated images, got 99", "1,000 real images, got 99"],
+    ),
     "no reference": (["evaluation.reference=nowhere.npz"], ["nowhere.npz"]),
 }
 
