@@ -115,6 +115,11 @@ def from_main(value: T, world: World) -> T:
     return box[0]
 
 
+def any_rank(flag: bool, world: World) -> bool:
+    """Return whether the flag is up on any rank; the same answer on all, which all wait for."""
+    return bool(mean(torch.tensor(float(flag), device=world.device), world) > 0)
+
+
 def shard(total: int, world: World) -> range:
     """Return this rank's share of range(total): contiguous, in rank order, as even as can be."""
     return range(total * world.rank // world.size, total * (world.rank + 1) // world.size)

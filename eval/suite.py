@@ -8,7 +8,7 @@ Everything that can be refused is refused by `load` and `check`, before an image
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from core.config import Section
-from core.distributed import World, gather_rows, shard
+from core.distributed import World, any_rank, gather_rows, shard
 from core.errors import UserError
 from eval import features, measuring, path_length, progress, reference
 from eval.collecting import Collected, Need, merged_over_ranks
@@ -71,6 +71,10 @@ class Config(Section):
         return names
 
 
+class GivenUp(Exception):
+    """The measurement was asked to stop, on some rank; all ranks have given it up."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """Which metrics, of which features, compared with what."""
@@ -86,6 +90,8 @@ class Suite:
     world: World
     show: Show = silent
     """Shows how far a measurement is."""
+    stop_requested: Callable[[], bool] = lambda: False
+    """Asked before each batch of generated images: whether to give the measurement up."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -121,6 +127,8 @@ class Suite:
         )
         for batch in self._features(images_of, seeds, advance):
             taken.add(batch)
+        if any_rank(self.stop_requested(), self.world):
+            raise GivenUp
         return merged_over_ranks(taken.collected, self.world)
 
     def features(self, images_of: ImagesOf, seeds: Sequence[int]) -> Tensor:
@@ -139,6 +147,8 @@ class Suite:
             )
         share = shard(len(seeds), self.world)
         for start in range(share.start, share.stop, self.batch_size):
+            if self.stop_requested():
+                return
             batch = seeds[start : min(start + self.batch_size, share.stop)]
             yield self.extractor(images_of(batch))
             advance(len(batch) * self.world.size)  # the other ranks are about as far
@@ -168,7 +178,7 @@ class Suite:
         """Return each metric on `seeds` disjoint sets of images.
 
         Set k holds the images of seeds first_seed + k * images and following. student: whose
-        latents are walked for path lengths; None leaves them out.
+        latents are walked for path lengths; None leaves them out. Raises GivenUp.
         """
         looks_at_features = set(self.metrics) != {"ppl"}
         walks = student is not None and "ppl" in self.metrics

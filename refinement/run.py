@@ -43,7 +43,9 @@ def train(run: Run) -> None:
                 run.recipe.training,
                 folder=run.folder,
                 world=run.world,
-                measure=lambda state: scores.while_training(run, state),
+                measure=lambda state: scores.while_training(
+                    run, state, stop_requested=stop_requested
+                ),
                 measure_every_kimg=run.recipe.evaluation.every_kimg,
                 stop_requested=stop_requested,
             )

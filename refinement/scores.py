@@ -5,8 +5,8 @@ new report measures nothing twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import TypeVar, cast
 
 from pydantic import TypeAdapter
@@ -17,6 +17,7 @@ from core.run_folder import RunFolder, atomic_write
 from eval import pictures, samples
 from eval.likeness import Drift, Nearness, drift, nearness
 from eval.metrics import MetricResult
+from eval.suite import GivenUp
 from refinement.session import Run, append, timed
 from training.state import TrainState
 
@@ -63,8 +64,12 @@ def begin_curve(run: Run) -> None:
         append(run, {"measured": while_training(run, run.state)})
 
 
-def while_training(run: Run, state: TrainState) -> dict[str, float]:
-    """Return the metrics of fewer images, if any are wanted, and write a sample grid."""
+def while_training(
+    run: Run, state: TrainState, *, stop_requested: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Return the metrics of fewer images, if any are wanted, and write a sample grid; None where
+    a request to stop came before its end. The last measurement goes to its end.
+    """
     settings = run.recipe.evaluation
     images_of = run.parts.images_of(state.student_ema)
     if run.world.is_main:
@@ -75,7 +80,12 @@ def while_training(run: Run, state: TrainState) -> dict[str, float]:
     suite = run.parts.suite and run.parts.suite.while_training(images=count)
     if settings.every_kimg == 0 or suite is None:
         return {}
-    found = suite.over_seeds(images_of, images=count)
+    if state.images_seen < run.recipe.training.total_images:
+        suite = replace(suite, stop_requested=stop_requested)
+    try:
+        found = suite.over_seeds(images_of, images=count)
+    except GivenUp:
+        return None
     return {metric: result.mean for metric, result in found.items()}
 
 

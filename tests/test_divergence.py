@@ -320,3 +320,21 @@ def test_a_measurement_that_a_stop_left_out_is_made_up_for(folder: RunFolder) ->
     assert seen == list(range(50, 601, 50))
     best = checkpoint.best(folder, config.keep)
     assert best is not None and int(best.stem) == 50
+
+
+def test_a_measurement_that_is_given_up_is_made_up_for(folder: RunFolder) -> None:
+    """What was asked to stop while it measured is saved without a score; resumed, it measures."""
+    config = settings(student_lr=0.1, keep={"best": "fid"})
+    measure = improving_until(50)
+
+    def given_up(state: TrainState) -> dict[str, float] | None:
+        return None if state.images_seen == 100 else measure(state)
+
+    with pytest.raises(Interrupted):
+        run(folder, config, measure=given_up)
+    assert checkpoint.images_saved(folder) == 100
+    state = begin(config)
+    checkpoint.restore_newest(state, folder, ALONE)
+    run(folder, config, state=copy.copy(state), measure=measure)
+    seen = [row["images_seen"] for row in folder.read_readings() if "measured" in row]
+    assert seen == list(range(50, 601, 50))

@@ -44,6 +44,23 @@ refine.main(sys.argv[1:], prog_name="refine.py")
 It comes twice, as Ctrl-C does under torchrun: from the terminal and from torchrun.
 """
 
+MEASURING = """
+import os, sys, refine
+from eval.suite import Suite
+number, over_seeds, measurements = int(sys.argv.pop(1)), Suite.over_seeds, []
+def over_seeds_with_a_signal(self, images_of, **options):
+    measurements.append(options)
+    def signalling(seeds):
+        assert not self.stop_requested(), "no batch is begun after the signal"
+        if len(measurements) == 3 and 50 in seeds:
+            os.kill(os.getpid(), number)
+        return images_of(seeds)
+    return over_seeds(self, signalling, **options)
+Suite.over_seeds = over_seeds_with_a_signal
+refine.main(sys.argv[1:], prog_name="refine.py")
+"""
+"""The command, sent a signal in the midst of its third measurement: the first after training."""
+
 TIMED = """
 import runpy, sys, time
 from training.status import Status
@@ -84,11 +101,13 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def signalled(number: int, recipe: Path, outdir: Path) -> Stopped:
+def signalled(
+    number: int, recipe: Path, outdir: Path, *settings: str, program: str = SIGNALLED
+) -> Stopped:
     """Return a run of the command in a process of its own, sent this signal."""
-    arguments = [str(int(number)), "--gan", str(recipe), "--outdir", str(outdir)]
+    arguments = [str(int(number)), "--gan", str(recipe), *settings, "--outdir", str(outdir)]
     process = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, *arguments],
+        [sys.executable, "-c", program, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -146,6 +165,24 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert call("--resume", folder.path).code == 0
     assert folder.student.read_bytes() == whole.student.read_bytes()
     assert rows_of(folder) == rows_of(whole) + Counter({(56, "images_per_second"): 1})
+
+
+def test_a_signal_while_measuring_does_not_wait_for_its_end(
+    recipe: Path, whole: RunFolder, tmp_path: Path
+) -> None:
+    """The measurement is given up after the batch that it came in, the state saved; --resume makes
+    up for it and ends with the same bytes and readings.
+    """
+    small = "evaluation.batch_size=20"
+    process, folder = signalled(signal.SIGTERM, recipe, tmp_path, small, program=MEASURING)
+    assert process.returncode == 75, process.stderr
+    assert "the state after 32 images is saved" in process.stderr
+    assert checkpoint.images_saved(folder) == 32
+    assert (32, "measured") not in rows_of(folder)
+
+    assert call("--resume", folder.path).code == 0
+    assert folder.student.read_bytes() == whole.student.read_bytes()
+    assert rows_of(folder) == rows_of(whole)
 
 
 @pytest.mark.parametrize(

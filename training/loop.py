@@ -10,11 +10,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from core import distributed, sharding
 from core.compiling import compiled
-from core.distributed import World
+from core.distributed import World, any_rank
 from core.errors import UserError
 from core.protocols import Objective
 from core.run_folder import RunFolder
@@ -26,7 +24,8 @@ from training.settings import Config
 from training.state import TrainState
 from training.status import Status
 
-Measure = Callable[[TrainState], Mapping[str, float]]
+Measure = Callable[[TrainState], Mapping[str, float] | None]
+"""From the state to its metrics; None, on all ranks, where a request to stop cut that short."""
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +46,8 @@ def train(
 ) -> TrainState:
     """Return the state after the last image; it is trained in place.
 
-    measure: called on every rank when due and after the last round. stop_requested: asked after
+    measure: called on every rank when due and after the last round; what it gives up is measured
+    when the run is resumed. stop_requested: asked after
     each round; if it says so on any rank, the state is saved and Interrupted raised. Raises
     Diverged before weights go bad, unless the run goes back to an earlier state and on from there.
     """
@@ -111,7 +111,7 @@ class _Run:
         was_due = now > 0 and self.measuring.due(now - self.config.batch_size, now)
         if was_due and self.watch.measured_until < now < total:
             scores = self._measured()
-            if self.config.keep.best is not None:
+            if self.config.keep.best is not None and scores is not None:
                 self.writer.save(self.state, scores=scores)
         has_none = distributed.from_main(checkpoint.newest(self.folder) is None, self.world)
         if has_none and not self.watch.is_spent:
@@ -121,15 +121,16 @@ class _Run:
         """Show, measure and save what is due. Raises Diverged and Interrupted."""
         now, total = self.state.images_seen, self.config.total_images
         before, last = now - self.config.batch_size, now >= total
-        stop = _any(stop_requested(), self.world) and not last
+        stop = any_rank(stop_requested(), self.world) and not last
         if last or stop or Every.kimg(self.config.readings_every_kimg).due(before, now):
             self.watch.row(now, self.status.row(now))
-        scores: Mapping[str, float] = {}
+        scores: Mapping[str, float] | None = {}
         if last or (self.measuring.due(before, now) and not stop):
             scores = self._measured()
+        stop = stop or scores is None
         saves = Every.kimg(self.config.checkpoint_every_kimg).due(before, now)
         if last or stop or saves or self.is_over_early:
-            self.writer.save(self.state, scores=scores)
+            self.writer.save(self.state, scores=scores or {})
         if stop:
             self.wait_for_writing()
             raise Interrupted
@@ -184,14 +185,16 @@ class _Run:
             "at_images_seen": score.images_seen,
         }
 
-    def _measured(self) -> Mapping[str, float]:
-        """Return what is measured now, the same on all ranks, after writing it down. Raises
-        Diverged.
+    def _measured(self) -> Mapping[str, float] | None:
+        """Return what is measured now, the same on all ranks, after writing it down; None where it
+        was given up. Raises Diverged.
         """
         if self.measure is None:
             return {}
-        now = self.state.images_seen
-        scores = distributed.from_main(dict(self.measure(self.state)), self.world)
+        now, found = self.state.images_seen, self.measure(self.state)
+        if found is None:
+            return None
+        scores = distributed.from_main(dict(found), self.world)
         self.status.measured(now, scores)
         self.watch.measured(now, scores)
         return scores
@@ -231,10 +234,3 @@ def _in_words(known: Mapping[str, object]) -> str:
     return (
         f"{known['metric']} was best after {known['at_images_seen']} images, {known['value']:.4g}"
     )
-
-
-def _any(flag: bool, world: World) -> bool:
-    """Return whether the flag is up on any rank; the same answer on all."""
-    if world.size == 1:
-        return flag
-    return bool(distributed.mean(torch.tensor(float(flag), device=world.device), world) > 0)
