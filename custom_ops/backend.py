@@ -74,6 +74,14 @@ def kernels_for(x: Tensor, *others: Tensor | None) -> _build.Library | None:
     return _library(x.device)
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return x, in float32 where it is of lower precision on a CPU, which has no kernels for that:
+    filters keep their digits there, and only results are rounded.
+    """
+    is_low = x.is_floating_point() and x.dtype.itemsize < torch.float32.itemsize
+    return x.float() if is_low and x.device.type == "cpu" else x
+
+
 def _policy() -> KernelPolicy:
     return _chosen or _checked(os.environ.get(VARIABLE) or "auto")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from custom_ops import _native
 from custom_ops._resampling import Resample, Resampling, resampling
-from custom_ops.backend import kernels_for
+from custom_ops.backend import kernels_for, widened
 
 _LONGEST_BLOCK = 256
 """Outputs of one matrix product: the band of a long axis is narrow, so it is cut into blocks."""
@@ -56,8 +56,10 @@ def upfirdn2d(
     """
     along_x, along_y = resampling(x.shape, f, up=up, down=down, padding=padding)
     op = Resample(f, along_x, along_y, flip_filter, gain)
-    kernels = kernels_for(x, f)
-    return reference(x, op) if kernels is None else _native.upfirdn2d(kernels, x, op)
+    wide = widened(x)
+    kernels = kernels_for(wide, f)
+    made = reference(wide, op) if kernels is None else _native.upfirdn2d(kernels, wide, op)
+    return made.to(x.dtype)
 
 
 def reference(x: Tensor, op: Resample) -> Tensor:

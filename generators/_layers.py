@@ -154,6 +154,41 @@ class Mapping(nn.Module):
         return F.one_hot(labels, self.c_dim).to(self.w_avg.dtype)
 
 
+LOWERED_FROM = 16
+"""The lowest resolution of features in lower precision; below there is little to be gained."""
+_FLOAT16_CLAMP = 256.0
+"""The largest feature in float16, that of the published half-precision layers."""
+
+
+def is_low(dtype: torch.dtype) -> bool:
+    """Return whether numbers of this type are shorter than float32."""
+    return dtype.itemsize < torch.float32.itemsize
+
+
+def lowered(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return x in the layer's `compute_dtype`, where it has one that is lower than float32."""
+    dtype = getattr(layer, "compute_dtype", torch.float32)
+    return x.to(dtype) if is_low(dtype) else x
+
+
+def feature_limit(clamp: float | None, dtype: torch.dtype) -> float | None:
+    """Return where features are clipped: at `clamp`, and in float16 at 256 where that is None."""
+    return _FLOAT16_CLAMP if clamp is None and dtype == torch.float16 else clamp
+
+
+def modulation(style: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return style [N, in] and weight [out, in, k, k] for a convolution that is demodulated.
+
+    For features of lower precision both are scaled so that no product overflows (StyleGAN2-ADA's
+    half-precision layers): style to at most 1, weight to at most 1 / sqrt(in * k * k). The
+    demodulation of the scaled ones undoes that.
+    """
+    if not is_low(dtype):
+        return style, weight
+    largest = weight.abs().amax((1, 2, 3), keepdim=True) * weight[0].numel() ** 0.5
+    return style / style.abs().amax(1, keepdim=True), weight / largest
+
+
 def demodulation(style: Tensor, weight: Tensor, *, eps: float = 1e-8) -> Tensor:
     """Return d [N, out] that gives each output channel unit expected variance (StyleGAN2, Eq. 3).
 

@@ -27,10 +27,15 @@ from core.pickles import NetworkRecord
 from custom_ops.bias_act import ACTIVATIONS, bias_act
 from custom_ops.upfirdn2d import fir_filter, upfirdn2d
 from generators._layers import (
+    LOWERED_FROM,
     FullyConnected,
     Mapping,
     MappingConfig,
     demodulation,
+    feature_limit,
+    is_low,
+    lowered,
+    modulation,
     published_arguments,
 )
 
@@ -168,6 +173,8 @@ class Block(nn.Module):
         self.architecture = config.architecture
         self.num_convolutions = 1 if is_first else 2
         self.register_buffer("resample_filter", fir_filter(config.resample_filter))
+        if resolution >= LOWERED_FROM:
+            self.compute_dtype = torch.float32
         if is_first:
             self.const = nn.Parameter(torch.randn(channels, resolution, resolution))
         else:
@@ -184,6 +191,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return features and image after this block, given those before it (None at 4x4)."""
         styles = iter(ws.unbind(1))
+        x = None if x is None else lowered(x, self)
         if x is None:
             x = self.const.expand(len(ws), -1, -1, -1)
             x = self.conv1(x, next(styles), noise_mode=noise_mode)
@@ -225,27 +233,30 @@ class StyledConvolution(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor, w: Tensor, *, noise_mode: NoiseMode, gain: float = 1.0) -> Tensor:
-        style = self.affine(w)
-        x = x * style[:, :, None, None]
+        dtype = x.dtype
+        style, weight = modulation(self.affine(w), self.weight, dtype)
+        x = x * style[:, :, None, None].to(dtype)
         if self.up == 2:
-            x = convolve_upsampled(x, self.weight, self.resample_filter)
+            x = convolve_upsampled(x, weight.to(dtype), self.resample_filter)
         else:
-            x = conv2d(x, self.weight, padding=1)
-        x = x * demodulation(style, self.weight)[:, :, None, None]
+            x = conv2d(x, weight.to(dtype), padding=1)
+        x = x * demodulation(style, weight)[:, :, None, None].to(dtype)
         if self.use_noise and noise_mode != "none":
-            x = x + self._noise(x, noise_mode) * self.noise_strength
+            x = x + (self._noise(x, noise_mode) * self.noise_strength).to(dtype)
         gain_after = gain * ACTIVATIONS[self.act].gain
-        clamp = None if self.clamp is None else self.clamp * gain
-        return bias_act(x, self.bias, act=self.act, gain=gain_after, clamp=clamp)
+        limit = feature_limit(self.clamp, dtype)
+        clamp = None if limit is None else limit * gain
+        return bias_act(x, self.bias.to(dtype), act=self.act, gain=gain_after, clamp=clamp)
 
     def _noise(self, x: Tensor, noise_mode: NoiseMode) -> Tensor:
         if noise_mode == "const":
             return self.noise_const
-        return torch.randn(len(x), 1, *x.shape[2:], device=x.device, dtype=x.dtype)
+        dtype = self.noise_const.dtype
+        return torch.randn(len(x), 1, *x.shape[2:], device=x.device, dtype=dtype)
 
 
 class ToImage(nn.Module):
-    """Modulated 1x1 convolution to image channels, without demodulation."""
+    """Modulated 1x1 convolution to image channels in float32, without demodulation."""
 
     def __init__(self, config: Config, in_channels: int) -> None:
         super().__init__()
@@ -257,8 +268,8 @@ class ToImage(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w) * self.weight_gain
-        x = conv2d(x * style[:, :, None, None], self.weight)
-        return bias_act(x, self.bias, clamp=self.clamp)
+        x = conv2d(x * style[:, :, None, None].to(x.dtype), self.weight.to(x.dtype))
+        return bias_act(x.float() if is_low(x.dtype) else x, self.bias, clamp=self.clamp)
 
 
 class UpsampledProjection(nn.Module):
@@ -271,7 +282,8 @@ class UpsampledProjection(nn.Module):
         self.weight_gain = in_channels**-0.5
 
     def forward(self, x: Tensor, *, gain: float) -> Tensor:
-        return upsample(conv2d(x, self.weight * (self.weight_gain * gain)), self.resample_filter)
+        weight = self.weight * (self.weight_gain * gain)
+        return upsample(conv2d(x, weight.to(x.dtype)), self.resample_filter)
 
 
 def convolve_upsampled(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:

@@ -25,10 +25,15 @@ from core.convolution import conv2d
 from core.pickles import NetworkRecord
 from custom_ops.filtered_lrelu import filtered_lrelu
 from generators._layers import (
+    LOWERED_FROM,
     FullyConnected,
     Mapping,
     MappingConfig,
     demodulation,
+    feature_limit,
+    is_low,
+    lowered,
+    modulation,
     published_arguments,
 )
 
@@ -266,6 +271,8 @@ class FilteredConvolution(nn.Module):
         self.up, self.down = fine // given.rate, fine // made.rate
         taps_up, taps_down = (config.filter_size * f if f > 1 else 1 for f in (self.up, self.down))
         radial = config.use_radial_filters and not is_critical
+        if made.rate >= LOWERED_FROM:
+            self.compute_dtype = torch.float32
         self.affine = FullyConnected(config.w_dim, given.channels, bias_init=1.0)
         shape = (made.channels, given.channels, config.conv_kernel, config.conv_kernel)
         self.weight = nn.Parameter(torch.randn(shape))
@@ -279,19 +286,21 @@ class FilteredConvolution(nn.Module):
         self.padding = [low, total - low, low, total - low]
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        style = self.affine(w)
-        x = x * (style * self.magnitude_ema.rsqrt())[:, :, None, None]
-        x = conv2d(x, self.weight, padding=self.weight.shape[-1] - 1)
-        x = x * demodulation(style, self.weight)[:, :, None, None]
+        x = lowered(x, self)
+        dtype = x.dtype
+        style, weight = modulation(self.affine(w), self.weight, dtype)
+        x = x * (style * self.magnitude_ema.rsqrt())[:, :, None, None].to(dtype)
+        x = conv2d(x, weight.to(dtype), padding=weight.shape[-1] - 1)
+        x = x * demodulation(style, weight)[:, :, None, None].to(dtype)
         return filtered_lrelu(
             x,
             self.up_filter,
             self.down_filter,
-            self.bias,
+            self.bias.to(dtype),
             up=self.up,
             down=self.down,
             padding=self.padding,
-            clamp=self.clamp,
+            clamp=feature_limit(self.clamp, dtype),
         )
 
 
@@ -308,6 +317,7 @@ class ToImage(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         gain = self.magnitude_ema.rsqrt() * self.weight.shape[1] ** -0.5
+        x = x.float() if is_low(x.dtype) else x
         x = x * (self.affine(w) * gain)[:, :, None, None]
         x = conv2d(x, self.weight, self.bias)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
@@ -316,7 +326,7 @@ class ToImage(nn.Module):
 @torch.no_grad()
 def track_magnitude(average: Tensor, x: Tensor, *, beta: float) -> None:
     """Set the average, in place, to beta * average + (1 - beta) * mean(x^2) (Sec. 3.2)."""
-    average.copy_(x.square().mean().lerp(average, beta))
+    average.copy_(x.to(average.dtype).square().mean().lerp(average, beta))
 
 
 def lowpass(taps: int, signal: Signal, *, rate: int, radial: bool = False) -> Tensor | None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from core.distributed import World
-from core.precision import computing_in
+from core.precision import Precision, computing_in
 from core.protocols import Networks
 from core.run_folder import RunFolder
-from generators import one_step_edm
+from generators import one_step_edm, stylegan2, stylegan3
 from objectives import diff_instruct
 from teachers import edm, edm2
 from training import loop
@@ -78,6 +78,61 @@ def test_float16_is_closer(kind: str) -> None:
     assert found.dtype == gradient.dtype == torch.float32
     assert 0 < _distance(found, exact) < 0.004
     assert 0 < _distance(gradient, exact_gradient) < 0.008
+
+
+STUDENTS = {
+    "stylegan2": lambda: stylegan2.build(stylegan2.Config(**_SMALL_GAN)),
+    "stylegan2, resnet": lambda: stylegan2.build(
+        stylegan2.Config(**_SMALL_GAN, architecture="resnet")
+    ),
+    "stylegan3": lambda: stylegan3.build(stylegan3.Config(**_SMALL_GAN, num_layers=6)),
+}
+_SMALL_GAN = dict(
+    z_dim=16, w_dim=16, c_dim=0, img_resolution=32, img_channels=3, channel_base=512, channel_max=16
+)
+_LIMITS = {"bfloat16": (0.03, 0.06), "float16": (0.004, 0.008)}
+"""Eight and eleven bits: how far images and gradients may be, as a share of their norm."""
+
+
+@pytest.mark.parametrize("precision", _LIMITS)
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_generators_are_close_to_float32(kind: str, precision: Precision) -> None:
+    """Images and gradients, which are float32 and not the same; after the block all is as it was."""
+    torch.manual_seed(0)
+    network = STUDENTS[kind]().eval()
+    exact, exact_gradient = _made(network)
+    with computing_in(precision, [network]):
+        found, gradient = _made(network)
+    assert found.dtype == gradient.dtype == torch.float32
+    of_image, of_gradient = _LIMITS[precision]
+    assert 0 < _distance(found, exact) < of_image
+    assert 0 < _distance(gradient, exact_gradient) < of_gradient
+    assert torch.equal(_made(network)[0], exact)
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_large_weights_do_not_overflow_float16(kind: str) -> None:
+    """Demodulation makes a layer's result independent of its weights' scale; so is float16's."""
+    torch.manual_seed(0)
+    network = STUDENTS[kind]().eval()
+    exact, _ = _made(network)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim == 4 and parameter.shape[-1] == 3:
+                parameter *= 1e5
+                assert "synthesis" in name
+    with computing_in("float16", [network]):
+        found, _ = _made(network)
+    assert _distance(found, exact) < 0.004
+
+
+def _made(network: nn.Module) -> tuple[Tensor, Tensor]:
+    latents = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    image = network(latents)
+    network.zero_grad()
+    (image * torch.linspace(-1, 1, image.numel()).view_as(image)).sum().backward()
+    gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+    return image.detach(), torch.cat(gradients)
 
 
 @pytest.mark.parametrize("name", edm_goldens.NAMES)

@@ -36,9 +36,9 @@ class Config(Section):
     anneal_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images at the end over which both learning rates fall to 0."""
     precision: Precision = "float32"
-    """What networks compute in while training; weights and what is measured stay float32.
-    bfloat16, in diffusion networks, is faster where the device has it; float16 is for GPUs without
-    it, its losses are scaled; tf32, in all networks, on GPUs.
+    """What networks compute in while training; weights and what is measured stay float32. bfloat16
+    is faster where the device has it; float16 is for GPUs without it, and scales its losses; tf32
+    is for GPUs. StyleGANs lower features of 16x16 and more.
     """
     compile: Mode | None = None
     """Compile networks for training with this mode of torch.compile: minutes at the start, for
