@@ -97,7 +97,7 @@ _LIMITS = {"bfloat16": (0.03, 0.06), "float16": (0.004, 0.008)}
 @pytest.mark.parametrize("precision", _LIMITS)
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_generators_are_close_to_float32(kind: str, precision: Precision) -> None:
-    """Images and gradients, which are float32 and not the same; after the block all is as it was."""
+    """Images and gradients, which are float32 and not the same; afterwards all is as it was."""
     torch.manual_seed(0)
     network = STUDENTS[kind]().eval()
     exact, exact_gradient = _made(network)
