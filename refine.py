@@ -25,7 +25,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import cast
 
 import click
 
@@ -62,18 +61,11 @@ _log = logging.getLogger("refine")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--gan", is_flag=True, help="Refine a GAN: the embedded digits, or RECIPE.")
 @click.option(
-    "--gan", "mode", flag_value="gan", help="Refine a GAN: the embedded digits, or RECIPE."
+    "--distill", is_flag=True, help="Distil a teacher to one step: the embedded one, or RECIPE."
 )
-@click.option(
-    "--distill",
-    "mode",
-    flag_value="distill",
-    help="Distil a teacher to one step: the embedded one, or RECIPE.",
-)
-@click.option(
-    "--teach", "mode", flag_value="teach", help="Train a teacher on your own images: RECIPE."
-)
+@click.option("--teach", is_flag=True, help="Train a teacher on your own images: RECIPE.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
 @click.option(
     "--report",
@@ -97,7 +89,9 @@ _log = logging.getLogger("refine")
 @click.argument("arguments", nargs=-1, metavar="[RECIPE.yaml] [KEY.PATH=VALUE]...")
 @one_sentence(stopped="stopped before a run began")
 def main(
-    mode: str | None,
+    gan: bool,
+    distill: bool,
+    teach: bool,
     resume: Path | None,
     again: Path | None,
     listing: bool,
@@ -138,23 +132,24 @@ def main(
     if listing:
         click.echo(listed_runs(outdir))
         return
-    chosen = [choice for choice in (mode, resume, again) if choice is not None]
-    if len(chosen) != 1:
+    asked = {"gan": gan, "distill": distill, "teach": teach}
+    modes = [mode for mode, wanted in asked.items() if wanted]
+    earlier = [run for run in (resume, again) if run is not None]
+    if len(modes) + len(earlier) != 1:
         raise UserError(
             "give one of --gan, --distill, --teach, --resume RUN and --report RUN; "
             "--help explains them"
         )
-    earlier = resume or again
-    if earlier is not None:
+    if earlier:
         if arguments:
             raise UserError(
                 f"{arguments[0]!r}: a run keeps its recipe; --resume and --report take no other"
             )
-        folder = RunFolder.open_existing(earlier)
+        folder = RunFolder.open_existing(earlier[0])
         recipe = read_recipe(folder.recipe)
     else:
         folder = None
-        recipe = _recipe_of(cast(str, mode), arguments)
+        recipe = _recipe_of(modes[0], arguments)
     if dry_run:
         click.echo(_plan(recipe))
         return

@@ -218,8 +218,10 @@ def test_a_run_keeps_its_recipe(tmp_path: Path) -> None:
 
 
 def test_one_thing_at_a_time(tmp_path: Path) -> None:
-    """--gan and --resume together are refused."""
+    """--gan and --resume together are refused, as are two modes, or none."""
     assert "give one of" in error_of(tmp_path, "--gan", "--resume", tmp_path)
+    assert "give one of" in error_of(tmp_path, "--gan", "--distill")
+    assert "give one of" in error_of(tmp_path)
 
 
 def test_an_outdir_that_is_a_file_is_named(tmp_path: Path) -> None:
