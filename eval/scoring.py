@@ -84,7 +84,16 @@ def prepare(
     with distributed.main_first(world):
         if settings.reference is not None:
             local_file(settings.reference)  # a wrong path is said before an extractor is fetched
-        loaded = suite.load(settings, image_shape=subject.image_shape, world=world)
+        try:
+            loaded = suite.load(settings, image_shape=subject.image_shape, world=world)
+        except UserError as error:
+            walks = {name: str(error) for name in names if name in WALKS}
+            if not walks or not leaving_out:
+                raise
+            left_out |= walks  # if their distance is not what is missing, it is said again
+            names = _left(names, left_out, leaving_out=True)
+            settings = settings.model_copy(update={"metrics": names})
+            loaded = suite.load(settings, image_shape=subject.image_shape, world=world)
         assert loaded is not None, "what compares without a reference was left out or refused"
         if any(METRICS[metric].compares for metric in loaded.metrics):
             assert settings.reference is not None

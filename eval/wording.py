@@ -61,8 +61,8 @@ def headline(report: Report) -> str:
 def summary(report: Report) -> str:
     """Return a small before/after table for the terminal."""
     titles = columns(report)
-    table = [titles, *(row[: len(titles)] for row in rows(report))]
-    widths = [max(len(row[column]) for row in table) for column in range(len(titles))]
+    table = [titles, *(row[: len(titles)] for row in rows(report))] if report.metrics else []
+    widths = [max((len(row[column]) for row in table), default=0) for column in range(len(titles))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]).rstrip()
         for row in table

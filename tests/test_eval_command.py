@@ -166,6 +166,16 @@ def test_all_names_what_it_leaves_out(teacher: Path, real: Path) -> None:
     assert "FID (pixels features) ↓" in result.stdout and "sampler" in result.stdout
 
 
+def test_all_goes_without_a_distance_that_is_out_of_reach(student: Path, real: Path) -> None:
+    """Path lengths are left out with the reason, and refused where they were asked for by name."""
+    options = (student, "--reference", real, *SMALL)
+    missing = ("--set", "path_distance=nowhere.safetensors")
+    found = _measured("all", *options, *missing)
+    assert list(found["metrics"]) == ["fid", "kid", "precision", "recall"]
+    assert "nowhere.safetensors" in found["left_out"]["ppl"]
+    assert "nowhere.safetensors" in _refused("fid,ppl", *options, *missing)
+
+
 def test_a_published_name_brings_its_count(student: Path, real: Path) -> None:
     """fid1k_full is of 1,000 images, and no other number may be asked for with it."""
     options = ("--reference", real, "--extractor", "pixels")

@@ -167,7 +167,7 @@ def test_without_a_reference_a_run_says_that_it_measured_nothing(
     document = json.loads((tmp_path / "00000-tiny" / "report" / "report.json").read_text())
     assert outcome.code == 0
     assert document["before"] == document["after"] == {}
-    assert "nothing was measured" in outcome.stdout
+    assert "nothing was measured" in outcome.stdout and "before" not in outcome.stdout
 
 
 # Without a run ------------------------------------------------------------------------------------
