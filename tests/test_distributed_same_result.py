@@ -9,13 +9,12 @@ lengths of all weights at once, and float64 shows that nothing but rounding is t
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from ranks import run_as_ranks
+from torch import Tensor, nn
 
 from core import distributed
 from core.distributed import World
@@ -119,21 +118,12 @@ def trained(
     return train(state, objective, config, folder=run, world=world)
 
 
-def _rank(rank: int, port: int, folder: Path, size: int) -> None:
+def _rank(world: World, folder: Path) -> None:
     """Train every case as one of several ranks; half a run here, the other half of one there."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    with distributed.session("cpu") as world:
-        found = _all(folder / str(size), world)
-        trained("float64", None, folder / "resumed", world, rounds=HALF * size // 2)
-    if rank == 0:
-        torch.save(found, folder / f"{size}.pt")
+    found = _all(folder / str(world.size), world)
+    trained("float64", None, folder / "resumed", world, rounds=HALF * world.size // 2)
+    if world.is_main:
+        torch.save(found, folder / f"{world.size}.pt")
 
 
 def _all(folder: Path, world: World) -> dict[str, dict[str, Tensor]]:
@@ -148,16 +138,9 @@ def _all(folder: Path, world: World) -> dict[str, dict[str, Tensor]]:
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, dict], Path]:
     """Return the weights at the end of every case, by the number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    # The server imports torch once for all processes.
-    multiprocessing.set_forkserver_preload(["torch.distributed", "training.loop"])
     found = {1: _all(folder / "1", ALONE)}
     for size in RANKS[1:]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        multiprocessing.start_processes(
-            _rank, args=(port, folder, size), nprocs=size, start_method="forkserver"
-        )
+        run_as_ranks(_rank, folder, size=size, preload=["training.loop"])
         found[size] = torch.load(folder / f"{size}.pt", weights_only=True)
     return found, folder
 

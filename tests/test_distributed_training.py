@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from ranks import run_as_ranks
+from torch import Tensor, nn
 
 from core import distributed
 from core.distributed import World
@@ -162,26 +161,17 @@ def _message(loss: object, world: World, folder: RunFolder, *, stop: bool) -> st
     return "went through"
 
 
-def _rank(rank: int, port: int, folder: Path) -> None:
+def _rank(world: World, folder: Path) -> None:
     """Train every case as one of two ranks, and leave what came out."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+    assert dist.get_backend() == "gloo"
+    found: dict[str, object] = {
+        case: weights(trained(case, RunFolder(folder / case), world)) for case in CASES
     }
-    torch.set_num_threads(1)
-    with distributed.session("cpu") as world:
-        assert dist.get_backend() == "gloo"
-        found: dict[str, object] = {
-            case: weights(trained(case, RunFolder(folder / case), world)) for case in CASES
-        }
-        found["diverging"] = _diverging(world, RunFolder(folder / "diverging"))
-        found["rolled back"] = _rolled_back(world, RunFolder(folder / "rolled back"))
-        found["stopped"] = _stopped(world, RunFolder(folder / "stopped"))
-        distributed.barrier(world)
-    torch.save(found, folder / f"{rank}.pt")
+    found["diverging"] = _diverging(world, RunFolder(folder / "diverging"))
+    found["rolled back"] = _rolled_back(world, RunFolder(folder / "rolled back"))
+    found["stopped"] = _stopped(world, RunFolder(folder / "stopped"))
+    distributed.barrier(world)
+    torch.save(found, folder / f"{world.rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +180,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Pat
     folder = tmp_path_factory.mktemp("ranks")
     for name in (*CASES, "diverging", "rolled back", "stopped"):
         (folder / name / "checkpoints").mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # The server imports torch once for both processes.
-    multiprocessing.set_forkserver_preload(["torch.distributed", "generators.stylegan2"])
-    multiprocessing.start_processes(_rank, args=(port, folder), nprocs=2, start_method="forkserver")
+    run_as_ranks(_rank, folder, preload=["generators.stylegan2"])
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return found, folder
 

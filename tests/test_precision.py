@@ -56,28 +56,22 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 kinds = pytest.mark.parametrize("kind", [*KINDS, "edm2"])
 
 
-@kinds
-def test_bfloat16_is_close_to_float32(kind: str) -> None:
-    """Images and gradients agree to 3 % and 6 % of their norm, are float32, and not the same."""
-    network = denoiser(kind)
-    exact, exact_gradient = _image_and_gradient(network)
-    with computing_in("bfloat16", [network]):
-        found, gradient = _image_and_gradient(network)
-    assert found.dtype == gradient.dtype == torch.float32
-    assert 0 < _distance(found, exact) < 0.03
-    assert 0 < _distance(gradient, exact_gradient) < 0.06
+_LIMITS = {"bfloat16": (0.03, 0.06), "float16": (0.004, 0.008)}
+"""Eight and eleven bits: how far images and gradients may be, as a share of their norm."""
 
 
+@pytest.mark.parametrize("precision", _LIMITS)
 @kinds
-def test_float16_is_closer(kind: str) -> None:
-    """Three more bits: images and gradients agree to 0.4 % and 0.8 % of their norm."""
+def test_denoisers_are_close_to_float32(kind: str, precision: Precision) -> None:
+    """Images and gradients, which are float32 and not the same."""
     network = denoiser(kind)
     exact, exact_gradient = _image_and_gradient(network)
-    with computing_in("float16", [network]):
+    with computing_in(precision, [network]):
         found, gradient = _image_and_gradient(network)
     assert found.dtype == gradient.dtype == torch.float32
-    assert 0 < _distance(found, exact) < 0.004
-    assert 0 < _distance(gradient, exact_gradient) < 0.008
+    of_image, of_gradient = _LIMITS[precision]
+    assert 0 < _distance(found, exact) < of_image
+    assert 0 < _distance(gradient, exact_gradient) < of_gradient
 
 
 STUDENTS = {
@@ -90,8 +84,6 @@ STUDENTS = {
 _SMALL_GAN = dict(
     z_dim=16, w_dim=16, c_dim=0, img_resolution=32, img_channels=3, channel_base=512, channel_max=16
 )
-_LIMITS = {"bfloat16": (0.03, 0.06), "float16": (0.004, 0.008)}
-"""Eight and eleven bits: how far images and gradients may be, as a share of their norm."""
 
 
 @pytest.mark.parametrize("precision", _LIMITS)

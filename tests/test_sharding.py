@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from ranks import run_as_ranks
+from torch import Tensor, nn
 
 from core import distributed, sharding
 from core.distributed import World
@@ -145,25 +144,15 @@ def _facts(folder: Path, world: World) -> dict[str, object]:
     }
 
 
-def _rank(rank: int, port: int, folder: Path) -> None:
+def _trained(world: World, folder: Path) -> None:
     """Train every case as one of two ranks, and leave what came out."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    with distributed.session("cpu") as world:
-        for case in CASES:
-            trained(case, RunFolder(folder / case), world)
-            trained(case, RunFolder(folder / f"{case}, resumed"), world, rounds=HALF)
-            distributed.barrier(world)
-            trained(case, RunFolder(folder / f"{case}, resumed"), world)
-        trained("Adam", RunFolder(folder / "begun alone"), world)
-        found = _facts(folder, world)
-    torch.save(found, folder / f"{rank}.pt")
+    for case in CASES:
+        trained(case, RunFolder(folder / case), world)
+        trained(case, RunFolder(folder / f"{case}, resumed"), world, rounds=HALF)
+        distributed.barrier(world)
+        trained(case, RunFolder(folder / f"{case}, resumed"), world)
+    trained("Adam", RunFolder(folder / "begun alone"), world)
+    torch.save(_facts(folder, world), folder / f"{world.rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +162,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Pat
     for name in (*CASES, *(f"{case}, resumed" for case in CASES), "facts", "begun alone"):
         (folder / name / "checkpoints").mkdir(parents=True)
     trained("Adam", RunFolder(folder / "begun alone"), ALONE, rounds=HALF)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "teachers.edm"])
-    multiprocessing.start_processes(_rank, args=(port, folder), nprocs=2, start_method="forkserver")
+    run_as_ranks(_trained, folder, preload=["torch.distributed.fsdp", "teachers.edm"])
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], folder
 
 
