@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import cast
 
 import torch
@@ -130,6 +131,10 @@ def _teacher_sees(parts: Parts) -> str | None:
 
 def notes(rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
     """Yield what happened while training that a reader must know."""
+    skipped = [v for row in rows for k, v in row.items() if k.endswith("_skipped")]
+    if any(skipped):
+        share = fmean(cast(list[float], skipped))
+        yield f"{share:.1%} of the updates were left out: their gradients overflowed float16."
     for row in rows:
         if "rollback" in row:
             back = cast(dict, row["rollback"])

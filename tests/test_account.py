@@ -96,3 +96,11 @@ def test_a_reference_that_is_not_there_is_named_before_an_extractor_is_fetched(
     )
     assert outcome.code == 2 and "none.zip" in outcome.stderr
     assert "inception" not in outcome.stderr and not (tmp_path / "runs").exists()
+
+
+def test_updates_that_float16_lost_are_told() -> None:
+    """Their share over all rows; nothing where none was left out."""
+    rows = [{"images_seen": 1, "both_skipped": 0.5}, {"images_seen": 2, "both_skipped": 0.0}]
+    (told,) = account.notes(rows)
+    assert told.startswith("25.0% of the updates were left out")
+    assert list(account.notes(rows[1:])) == []

@@ -47,9 +47,9 @@ def train(
     """Return the state after the last image; it is trained in place.
 
     measure: called on every rank when due and after the last round; what it gives up is measured
-    when the run is resumed. stop_requested: asked after
-    each round; if it says so on any rank, the state is saved and Interrupted raised. Raises
-    Diverged before weights go bad, unless the run goes back to an earlier state and on from there.
+    when the run is resumed. stop_requested: asked after each round; if it says so on any rank, the
+    state is saved and Interrupted raised. Raises Diverged before weights go bad, unless the run
+    goes back to an earlier state and on from there.
     """
     _refuse_what_cannot_be(config, world, measures=measure_every_kimg > 0)
     total = config.total_images

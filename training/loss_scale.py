@@ -26,13 +26,20 @@ class LossScale:
     is_fixed: bool = False
     """Whether it stays what it is, and goes without saying."""
 
-    def unscale(self, networks: Iterable[nn.Module]) -> None:
-        """Divide the networks' gradients by the factor."""
-        if self.value == 1:
+    def loss_factor(self, *, batch_size: int, ranks: int) -> float:
+        """Return what a rank's sum of losses is multiplied by: gradients are then averaged over
+        ranks. In float16 their number comes later, so that no gradient grows with it.
+        """
+        return ranks / batch_size if self.is_fixed else self.value / batch_size
+
+    def unscale(self, networks: Iterable[nn.Module], *, ranks: int) -> None:
+        """Turn gradients averaged over ranks into those of the global batch's mean loss."""
+        if self.is_fixed:
             return
         for network in networks:
             gradients: list[Tensor] = [p.grad for p in network.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.value)  # pyright: ignore[reportPrivateImportUsage]
+            factor = ranks / self.value
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def kept(self) -> None:
         """Note an update whose gradients were finite."""

@@ -63,7 +63,7 @@ def update(
     draws = Draws(config.seed, state.images_seen, 0, config.batch_size, world.device)
     parts = list(_micro_batches(draws.scoped(f"{phase.name}/{repeat}"), config, world))
     scale = _loss_scale(phase, state, config)
-    factor = world.size / config.batch_size * scale.value
+    factor = scale.loss_factor(batch_size=config.batch_size, ranks=world.size)
     outputs = []
     for index, part in enumerate(parts):
         with _synchronised(learning.values(), last=index == len(parts) - 1):
@@ -147,7 +147,7 @@ def _checked_norms(
     """Return the norm of each network's averaged gradient, all finite on every rank; none where the
     gradients are to be dropped and the next ones scaled less.
     """
-    scale.unscale(learning.values())
+    scale.unscale(learning.values(), ranks=world.size)
     norms: dict[TrainedNetwork, Tensor] = {n: _gradient_norm(net) for n, net in learning.items()}
     loss = distributed.mean(torch.cat([output.per_image for output in outputs]).mean(), world)
     if torch.isfinite(sum(norms.values(), loss)):
