@@ -260,22 +260,17 @@ def _folder_of_job(recipe: Recipe, outdir: Path, world: World) -> RunFolder | No
 def _plan(recipe: Recipe) -> str:
     """Return the resolved recipe, and where each file that it needs is."""
     reference, made = recipe.evaluation.reference, recipe.evaluation.teacher
+    extractor = features.weights_of(recipe.evaluation.extractor)
     sources = {
         "student": recipe.student.weights,
         "teacher": recipe.teacher and recipe.teacher.weights,
         "images": getattr(recipe.objective, "images", None),
         "reference": None if reference == "teacher" else reference,
         "teacher's samples": None if made == SAMPLED else made,
-        "extractor": None if reference is None else _weights_of(recipe.evaluation.extractor),
+        "extractor": None if reference is None else extractor,
     }
     lines = [f"# {name}: {_whereabouts(source)}" for name, source in sources.items() if source]
     return "\n".join([config.to_yaml(recipe), "# would be loaded:", *lines])
-
-
-def _weights_of(extractor: str) -> str | None:
-    """Return path or URL of an extractor's weights; None for one that this program carries."""
-    carried = {"inception": features.INCEPTION_URL, "mnist32": None, "pixels": None}
-    return carried.get(extractor, extractor.removeprefix("inception:"))
 
 
 def _whereabouts(source: str) -> str:

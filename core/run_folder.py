@@ -37,6 +37,7 @@ _REMEDIES = {
     errno.EPERM: "choose a folder that you may write to with --outdir",
     errno.ENOTDIR: "choose a folder with --outdir",
     errno.EEXIST: "choose a folder with --outdir",
+    errno.EISDIR: "name a file, not a folder",
 }
 
 

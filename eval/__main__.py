@@ -250,7 +250,15 @@ def _located(source: str) -> Path:
     if teachers.located(source) != source:
         _log.info("%s: %s", source, teachers.LICENCE)
     path = local_file(teachers.located(source))
-    return RunFolder(path).student if RunFolder(path).recipe.is_file() else path
+    run = RunFolder(path)
+    if not run.recipe.is_file():
+        return path
+    if not run.student.is_file():
+        raise UserError(
+            f"{path} has no {run.student.name} yet: finish it with `python refine.py --resume "
+            f"{path}`, or measure where it stands with --report"
+        )
+    return run.student
 
 
 def _kind(path: Path) -> Kind:

@@ -101,4 +101,4 @@ def _ticks(largest: float) -> list[float]:
     rough = max(largest, 1e-9) / 5
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    return [step * index for index in range(math.ceil(largest / step) + 1)]
+    return [step * index for index in range(max(math.ceil(largest / step), 1) + 1)]

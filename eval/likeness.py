@@ -94,7 +94,7 @@ def nearness(generated: Tensor, real: Tensor, *, pairs: int = 8) -> Nearness:
         real_images=len(real),
         generated_distance=float(found.distance.median()),
         real_distance=float(among_real.median()),
-        suspicious=float((found.distance < threshold).double().mean()),
+        suspicious=float((found.distance <= threshold).double().mean()),
         nearest=tuple(Near(i, int(found.index[i]), float(found.distance[i])) for i in order),
     )
 
@@ -120,7 +120,9 @@ def _nearest(first: Tensor, second: Tensor, *, itself: bool = True) -> _Nearest:
         if not itself:
             rows = torch.arange(len(strip), device=strip.device)
             strip[rows, rows + start] = torch.inf
-        nearest = strip.min(1)
-        distances.append(nearest.values.to(torch.float64))
-        indices.append(nearest.indices)
+        nearest = strip.argmin(1)
+        # Distances by products of matrices lose their digits where they are small.
+        apart = first[start : start + _STRIP].to(torch.float64) - second[nearest].to(torch.float64)
+        distances.append(apart.norm(dim=1))
+        indices.append(nearest)
     return _Nearest(torch.cat(distances).cpu(), torch.cat(indices).cpu())

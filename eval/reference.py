@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -83,7 +84,8 @@ def reference_statistics(
     """
     path = local_file(source)
     if path.suffix == ".npz":
-        return read_npz(path, extractor)
+        stored = read_npz(path, extractor)
+        return replace(stored, features=None) if keep is None else stored
     if path.suffix == ".pkl":
         return _read_pkl(path, extractor, keep=keep)
     images = image_set(path)
@@ -155,14 +157,15 @@ def measure(
         kept_images=0 if keep is None else keep.kept_images,
         random_seed=0 if keep is None else keep.random_seed,
     )
+    first = 0
     with show(len(images)) as advance:
         for batch in DataLoader(images, batch_size=batch_size):
             features = extractor(batch)
-            first = whole.collected.images
             whole.add(features)
             for half, start in ((even, first % 2), (odd, 1 - first % 2)):
                 if len(features) > start:
                     half.add(features[start::2])
+            first += len(batch)
             advance(len(batch))
     halves = even.collected, odd.collected
     both = halves[0].merge(halves[1])
@@ -262,7 +265,14 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             wanted = {"mu", "sigma", "features", "meta"}
             return {name: archive[name] for name in archive.files if name in wanted}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(
             f"{path} is not a readable .npz of reference statistics: {error}"
         ) from error

@@ -121,6 +121,8 @@ def _kept(report: Report) -> str:
     drift = report.drift
     if drift is None:
         return ""
+    if drift.apart == 0:
+        return "All latents' images were alike before: there was nothing of theirs to keep."
     return (
         f"From the same latent, an image moved by {drift.moved / drift.apart:.0%} of the distance "
         f"between two latents' images (mean over {drift.images:,} latents, in feature space). "

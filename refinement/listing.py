@@ -32,6 +32,8 @@ class Listed(NamedTuple):
 
 
 _UNREADABLE = "unreadable"
+_TRAINING = {"diverged", "rollback", "images_per_second"}
+"""What is read while training: a report that is made later says nothing of how that ended."""
 _REASON = Listed._fields.index("state")
 """The column of a run that cannot be read in which the reason stands, however long."""
 _HEADINGS = Listed("run", "mode", "state", "images", "metric", "last written")
@@ -86,7 +88,7 @@ def _progress(folder: RunFolder, recipe: Recipe, rows: Sequence[Reading]) -> tup
     reached = max((cast(int, row["images_seen"]) for row in rows), default=0)
     if (holder := folder.holder()) is not None:
         return max(saved, reached), f"running, {_percent(max(saved, reached), total)} ({holder})"
-    events = [row for row in rows if "session" not in row]
+    events = [row for row in rows if _TRAINING & row.keys()]
     if events and "diverged" in events[-1]:
         return saved, f"diverged after {events[-1]['images_seen']}, saved at {saved} of {total}"
     if saved >= total or any("early_stop" in row for row in rows):

@@ -30,6 +30,8 @@ from refinement.recipe import NetworkSection, Recipe, family_config
 from teachers import sampling
 
 ROOT = Path(__file__).resolve().parents[1]
+_TEACHER_SEED = 2**31
+"""First seed of the teacher's samples: a student of the same latents is not measured on them."""
 SAMPLED = "sample"
 """As evaluation.teacher: the teacher is sampled in this run."""
 _log = logging.getLogger(__name__)
@@ -175,7 +177,9 @@ def _measures(
         kept = min(settings.images, settings.definitions.kept_images)
         planned = Planned(settings.images, kept)
         loaded.check(images=settings.images, student=student, real=planned)
-    elif settings.reference is not None:
+    elif settings.reference is None:
+        loaded.check(images=settings.images, student=student)
+    else:
         real = suite.read_reference(found(settings.reference), loaded, image_shape=shape)
         loaded = replace(loaded, real=real)
         loaded.check(images=settings.images, student=student)
@@ -208,7 +212,8 @@ def with_teacher_samples(
 
 def _sampled(parts: Parts, measures: Suite, settings: suite.Config) -> Reference:
     _log.info("sampling %d images of the teacher", settings.images)
-    images_of, seeds = parts.images_of(parts.teacher), range(settings.images)
+    seeds = range(_TEACHER_SEED, _TEACHER_SEED + settings.images)
+    images_of = parts.images_of(parts.teacher)
     return reference.of_samples(
         measures.collected(images_of, seeds, also={"moments"}),
         source="the teacher's own samples",

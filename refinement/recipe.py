@@ -15,7 +15,7 @@ from core.config import ConfigError, Section
 from core.errors import UserError
 from custom_ops import backend
 from eval import suite
-from eval.measuring import parse
+from eval.measuring import METRICS, least_images, parse
 from teachers import sampling
 from training import loop
 
@@ -104,18 +104,39 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _watches_what_it_measures(self) -> Recipe:
-        if self.training.early_stop_kimg is not None and not self.evaluation.every_kimg:
+        keep, stops = self.training.keep, self.training.early_stop_kimg is not None
+        if keep.best is None and not stops:
+            return self
+        asks = "training.keep.best" if keep.best is not None else "training.early_stop_kimg"
+        if not self.evaluation.every_kimg:
             raise ValueError(
-                "training.early_stop_kimg needs measurements while training: set "
-                "evaluation.every_kimg, or leave it out"
+                f"{asks} needs measurements while training: set evaluation.every_kimg, or leave it "
+                "out"
             )
-        known = [metric for request in parse(self.evaluation.metrics) for metric in request.metrics]
-        if self.training.keep.best not in (None, *known):
+        watched, known = keep.best or "fid", self._measured_while_training()
+        if watched not in known:
             raise ValueError(
-                f"training.keep.best is {self.training.keep.best!r}, which is not measured: choose "
-                f"one of {', '.join(known)}, or add it to evaluation.metrics"
+                f"{asks} watches {watched!r}, which is not measured while training: choose one of "
+                f"{', '.join(known) or 'none'} as training.keep.best; what is measured follows "
+                "from evaluation.metrics, reference and images_while_training"
+            )
+        better = "lowest" if METRICS[watched].better == "lower" else "highest"
+        if keep.best_is != better:
+            raise ValueError(
+                f"training.keep.best_is is {keep.best_is}, and of {watched} the {better} is best"
             )
         return self
+
+    def _measured_while_training(self) -> list[str]:
+        settings = self.evaluation
+        metrics = [metric for request in parse(settings.metrics) for metric in request.metrics]
+        return [
+            metric
+            for metric in metrics
+            if metric != "ppl"
+            and (settings.reference is not None or not METRICS[metric].compares)
+            and least_images(metric, settings.definitions) <= settings.images_while_training
+        ]
 
     @property
     def mode(self) -> Mode:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import TypeVar, cast
 
+import torch
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -73,7 +74,9 @@ def while_training(
     settings = run.recipe.evaluation
     images_of = run.parts.images_of(state.student_ema)
     if run.world.is_main:
-        images = images_of(samples.pair_seeds(state.student_ema, 100)).cpu()
+        seeds, size = samples.pair_seeds(state.student_ema, 100), settings.batch_size
+        parts = [images_of(seeds[start : start + size]).cpu() for start in range(0, 100, size)]
+        images = torch.cat(parts)
         with atomic_write(run.folder.samples / f"{state.images_seen:012d}.png") as partial:
             partial.write_bytes(pictures.grid_picture(images, columns=10))
     count = settings.images_while_training

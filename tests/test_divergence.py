@@ -88,8 +88,9 @@ def test_a_metric_far_worse_than_at_the_start_is_divergence() -> None:
     with pytest.raises(Diverged, match=r"after 8 images fid is 41, and was 4 at the start"):
         watch(begun).measured(8, {"fid": 41.0})
     watch(begun, highest=True).measured(8, {"fid": 0.5})
-    with pytest.raises(Diverged, match=r"after 8 images fid is 0\.3, and was 4"):
-        watch(begun, highest=True).measured(8, {"fid": 0.3})
+    for low in (0.3, 0.0):
+        with pytest.raises(Diverged, match=rf"after 8 images fid is {low:.4g}, and was 4"):
+            watch(begun, highest=True).measured(8, {"fid": low})
 
 
 # What is done -------------------------------------------------------------------------------------
@@ -338,3 +339,37 @@ def test_a_measurement_that_is_given_up_is_made_up_for(folder: RunFolder) -> Non
     run(folder, config, state=copy.copy(state), measure=measure)
     seen = [row["images_seen"] for row in folder.read_readings() if "measured" in row]
     assert seen == list(range(50, 601, 50))
+
+
+def test_a_resumed_run_goes_back_from_what_it_finds_diverged(folder: RunFolder) -> None:
+    """Stopped where a measurement was due, which would have been far too bad: resumed, it measures
+    and goes back to the checkpoint before, as a run that nothing stopped.
+    """
+    config = settings(student_lr=0.1)
+    asked = iter([False] * 9 + [True])
+
+    def measure(now: TrainState) -> dict[str, float]:
+        return {"fid": 300.0 if now.images_seen == 100 and now.lr_scale == 1 else 2.0}
+
+    with pytest.raises(Interrupted):
+        run(folder, config, measure=measure, stop_requested=lambda: next(asked))
+    state = begin(config)
+    checkpoint.restore_newest(state, folder, ALONE)
+    assert state.images_seen == 100
+    run(folder, config, state=state, measure=measure)
+    (done,) = rows_of(folder, "rollback")
+    assert (done["from_images_seen"], done["to_images_seen"]) == (100, 50)
+    assert state.images_seen == 600 and state.lr_scale == 0.5
+
+
+def test_a_measurement_that_fails_costs_no_training(folder: RunFolder) -> None:
+    """Out of memory after the last round: what was trained is saved."""
+
+    def measure(now: TrainState) -> dict[str, float]:
+        if now.images_seen == 600:
+            raise MemoryError
+        return {"fid": 1.0}
+
+    with pytest.raises(MemoryError):
+        run(folder, settings(student_lr=0.1), measure=measure)
+    assert checkpoint.images_saved(folder) == 600

@@ -355,3 +355,11 @@ def test_path_lengths_alone_need_no_features() -> None:
     card = _measured("ppl", student, "--images", 8, "--set", "path_distance=mnist32")
     assert card["metrics"]["ppl"]["mean"] > 0
     assert card["extractor"] is None and card["distance"]["name"] == "mnist32"
+
+
+def test_a_run_without_weights_yet_is_named(tmp_path: Path, real: Path) -> None:
+    """Its folder stands for a student that is not there before the end."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    said = _refused("fid", tmp_path / "run", "--reference", real, *SMALL)
+    assert "no student.safetensors yet" in said and "--resume" in said

@@ -53,6 +53,13 @@ def test_copies_are_found_and_named() -> None:
     assert isinstance(found.nearest[0], Near)
 
 
+def test_copies_are_found_where_real_images_have_twins() -> None:
+    """All generated images are exact copies, and one real image in twenty is there twice."""
+    real = _features(400, 1)
+    found = nearness(real[:100].clone(), torch.cat([real, real[:20]]))
+    assert found.suspicious == 1 and found.nearest[0].distance == 0
+
+
 def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Distances that are held in strips of 7 images give the same."""
     real, made = _features(40, 1), _features(30, 2)

@@ -30,7 +30,7 @@ def sleeping(function):
     [
         (rounds, "follow", "moving average", 1),
         (rounds, "_checked_norms", "gradient norms and check", 2),
-        (loop, "_any", "other", 1),
+        (loop, "any_rank", "other", 1),
         (Draws, "normal", "draws", 6),
         (torch.optim.Adam, "step", "optimizer", 2),
     ],

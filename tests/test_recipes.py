@@ -142,18 +142,29 @@ def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Parts]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("settings", "message"),
     [
-        ("training.early_stop_kimg=3", "early_stop_kimg needs measurements while training"),
-        ("training.keep.best=recall", "keep.best is 'recall', which is not measured: .* fid"),
+        ("evaluation.every_kimg=0 training.early_stop_kimg=3", "early_stop_kimg needs measurem"),
+        ("evaluation.every_kimg=0 training.keep.best=fid", "keep.best needs measurements"),
+        ("evaluation.metrics=[kid] training.early_stop_kimg=3", "early_stop_kimg watches 'fid'"),
+        ("training.keep.best=recall", "keep.best watches 'recall', which is not .* one of fid"),
+        (
+            "evaluation.metrics=[fid,kid] evaluation.images_while_training=500 "
+            "training.keep.best=kid",
+            "keep.best watches 'kid'",
+        ),
+        (
+            "evaluation.metrics=[fid,precision] training.keep.best=precision",
+            "of precision the highest is best",
+        ),
     ],
 )
-def test_what_is_watched_must_be_measured(setting: str, message: str) -> None:
-    """A metric that nothing measures cannot end a run, nor choose a checkpoint."""
+def test_what_is_watched_must_be_measured(settings: str, message: str) -> None:
+    """A metric that nothing measures while training cannot end a run, nor choose a checkpoint, nor
+    can its worst value.
+    """
     with pytest.raises(UserError, match=message):
-        read_recipe(
-            ROOT / "configs" / "gan" / "gaussian.yaml", ["evaluation.every_kimg=0", setting]
-        )
+        read_recipe(ROOT / "configs" / "gan" / "gaussian.yaml", settings.split())
 
 
 @pytest.mark.parametrize("mode", ["--gan", "--distill"])

@@ -301,6 +301,20 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     assert len(page.of("script")) == 1 and page.open == []
 
 
+@pytest.mark.parametrize("value", [0.0, -0.5])
+def test_a_curve_that_never_rises_is_drawn(tmp_path: Path, value: float) -> None:
+    """A distance of nothing, or below it as a KID may be: the page is made."""
+    flat = Curve("fid", (CurvePoint(0, value), CurvePoint(100, value)), 5_000)
+    report = replace(REPORT, curve=flat, teacher_samples=None, real_halves=None)
+    assert len(_Tags(_page(tmp_path, report)).of("circle")) == 2
+
+
+def test_what_stayed_is_said_of_a_student_whose_images_were_all_alike() -> None:
+    """Latents' images that are no distance apart are no reason to fail."""
+    alike = replace(REPORT, drift=Drift(1000, moved=1.5, apart=0.0, recognised=0.0))
+    assert "were alike before" in wording.remarks(alike)["What stayed"]
+
+
 def test_the_curve_of_the_page_is_where_the_numbers_are(tmp_path: Path) -> None:
     """Points fall from left to right as the metric falls; a larger value stands higher."""
     first, last = _Tags(_page(tmp_path)).of("circle")

@@ -163,6 +163,13 @@ def drop_after(path: Path, folder: RunFolder) -> None:
         later.unlink()
 
 
+def drop_newest(folder: RunFolder) -> None:
+    """Remove the newest checkpoint, if there is one before it."""
+    *before, last = _all(folder)
+    if before:
+        last.unlink()
+
+
 def restore_newest(state: TrainState, folder: RunFolder, world: World) -> Path | None:
     """Return the path of the newest whole checkpoint, after setting the state to it; None where
     there is none yet.
@@ -196,6 +203,8 @@ def restore(state: TrainState, path: Path) -> None:
         scales = content.get("loss_scales", {})
         state.loss_scales = {phase: LossScale(*known) for phase, known in scales.items()}
         state.images_seen = content["images_seen"]
+    except torch.OutOfMemoryError:
+        raise
     except _DAMAGE as error:
         raise UserError(
             f"{path} is damaged or of another run ({type(error).__name__}); "
@@ -286,4 +295,4 @@ def _content(state: TrainState) -> Content:
 
 
 def _all(folder: RunFolder) -> list[Path]:
-    return sorted(folder.checkpoints.glob("*.pt"))
+    return sorted(folder.checkpoints.glob("[0-9]*.pt"))

@@ -162,7 +162,7 @@ class Watch:
             return
         first, last = self.curve[0].value, self.curve[-1].value
         better, worse = (last, first) if self.highest else (first, last)
-        if 0 < factor * better < worse:
+        if first > 0 and factor * better < worse:
             raise Diverged(
                 f"after {images_seen} images {self.metric} is {last:.4g}, and was {first:.4g} "
                 "at the start",

@@ -68,8 +68,12 @@ def train(
     ):
         run = _Run(state, config, folder, world, status, writer, _watch(config, folder, world))
         run.measure, run.measuring = measure, Every.kimg(measure_every_kimg)
-        run.begin()
         trained = wrapped(networks, state, world)
+        try:
+            run.begin()
+        except Diverged as diverged:
+            run.drop_newest()
+            run.go_back(diverged)
         while state.images_seen < total and not run.is_over_early:
             try:
                 for readings in play_round(state, objective, config, trained=trained, world=world):
@@ -126,7 +130,7 @@ class _Run:
             self.watch.row(now, self.status.row(now))
         scores: Mapping[str, float] | None = {}
         if last or (self.measuring.due(before, now) and not stop):
-            scores = self._measured()
+            scores = self._measured_or_saved()
         stop = stop or scores is None
         saves = Every.kimg(self.config.checkpoint_every_kimg).due(before, now)
         if last or stop or saves or self.is_over_early:
@@ -134,6 +138,14 @@ class _Run:
         if stop:
             self.wait_for_writing()
             raise Interrupted
+
+    def drop_newest(self) -> None:
+        """Remove the checkpoint that a resumed run began from, which was found to be bad, where the
+        run is to go back to one before it.
+        """
+        if self.world.is_main and not self.watch.is_spent:
+            checkpoint.drop_newest(self.folder)
+        distributed.barrier(self.world)
 
     def go_back(self, diverged: Diverged) -> None:
         """Go on from an earlier checkpoint. Raises Diverged where that is not to be."""
@@ -184,6 +196,17 @@ class _Run:
             "value": score.value,
             "at_images_seen": score.images_seen,
         }
+
+    def _measured_or_saved(self) -> Mapping[str, float] | None:
+        """Return what is measured now; what goes wrong there does not cost what was trained."""
+        try:
+            return self._measured()
+        except Diverged:
+            raise
+        except Exception:
+            if not self.config.shard:  # else all ranks would have to be here
+                self.writer.save(self.state)
+            raise
 
     def _measured(self) -> Mapping[str, float] | None:
         """Return what is measured now, the same on all ranks, after writing it down; None where it

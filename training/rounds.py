@@ -72,13 +72,16 @@ def update(
             output = phase.loss(networks, part)
             (output.per_image.sum() * factor).backward()
         outputs.append(LossOutput(output.per_image.detach(), output.readings))
-    norms = _checked_norms(phase, learning, outputs, scale, state.images_seen, world)
+    norms = _checked_norms(
+        phase, learning, outputs, scale, config.batch_size, state.images_seen, world
+    )
     for name, norm in norms.items():
         if config.gradient_clip is not None:
             clip_grads_with_norm_(learning[name].parameters(), config.gradient_clip, norm)
         _set_learning_rate(state, name, config)
         state.optimizers[name].step()
-    readings = _mean_readings(outputs) | {f"{name}_gradient": norm for name, norm in norms.items()}
+    readings = _mean_readings(outputs, batch_size=config.batch_size, ranks=world.size)
+    readings |= {f"{name}_gradient": norm for name, norm in norms.items()}
     return readings | scale.readings(phase.name, skipped=not norms, device=world.device)
 
 
@@ -141,6 +144,7 @@ def _checked_norms(
     learning: Mapping[TrainedNetwork, nn.Module],
     outputs: list[LossOutput],
     scale: LossScale,
+    batch_size: int,
     images_seen: int,
     world: World,
 ) -> dict[TrainedNetwork, Tensor]:
@@ -149,7 +153,8 @@ def _checked_norms(
     """
     scale.unscale(learning.values(), ranks=world.size)
     norms: dict[TrainedNetwork, Tensor] = {n: _gradient_norm(net) for n, net in learning.items()}
-    loss = distributed.mean(torch.cat([output.per_image for output in outputs]).mean(), world)
+    total = torch.cat([output.per_image for output in outputs]).sum()
+    loss = distributed.mean(total * (world.size / batch_size), world)
     if torch.isfinite(sum(norms.values(), loss)):
         scale.kept()
         return norms
@@ -192,14 +197,13 @@ def _advance(state: TrainState, config: Config) -> None:
     follow(state.student_ema, state.networks.student, decay=decay)
 
 
-def _mean_readings(outputs: list[LossOutput]) -> dict[str, Tensor]:
-    """Return the mean over this rank's images of each reading."""
-    counts = [len(output.per_image) for output in outputs]
-    shares = [count / sum(counts) for count in counts]
+def _mean_readings(outputs: list[LossOutput], *, batch_size: int, ranks: int) -> dict[str, Tensor]:
+    """Return this rank's readings, whose mean over ranks is that over the images of the batch."""
     means = {}
     for name in outputs[0].readings:
         parts = [
-            output.readings[name] * share for output, share in zip(outputs, shares, strict=True)
+            output.readings[name] * (len(output.per_image) * ranks / batch_size)
+            for output in outputs
         ]
         means[name] = torch.stack(parts).sum()
     return means
