@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,16 +67,32 @@ def session(device: str = "auto") -> Iterator[World]:
     with ending_together(store, rank=rank, size=size, local_rank=local_rank) as fresh_store:
         world = _world(device, rank=rank, size=size, local_rank=local_rank)
         is_cuda = world.device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
-            store=fresh_store,
-            rank=rank,
-            world_size=size,
-            timeout=_TIMEOUT,
-            device_id=world.device if is_cuda else None,
-        )
+        with _saying_nothing_on_stdout():
+            dist.init_process_group(
+                "nccl" if is_cuda else "gloo",
+                store=fresh_store,
+                rank=rank,
+                world_size=size,
+                timeout=_TIMEOUT,
+                device_id=world.device if is_cuda else None,
+            )
         yield world
         dist.destroy_process_group()
+
+
+@contextmanager
+def _saying_nothing_on_stdout() -> Iterator[None]:
+    """Run the body with what its libraries print to stdout on stderr: gloo's greetings of torch 2.9
+    would stand in the way of a program that reads a command's result.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def mean(tensor: Tensor, world: World) -> Tensor:
