@@ -63,7 +63,12 @@ def session(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield _world(device, rank=rank, size=size, local_rank=local_rank)
         return
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=_START_TIMEOUT))
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=_START_TIMEOUT))
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but the processes cannot find each other: {error}"
+        ) from error
     with ending_together(store, rank=rank, size=size, local_rank=local_rank) as fresh_store:
         world = _world(device, rank=rank, size=size, local_rank=local_rank)
         is_cuda = world.device.type == "cuda"
@@ -200,6 +205,11 @@ def _device(name: str, *, local_rank: int) -> torch.device:
         raise UserError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
+    if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"device {name!r} is one GPU for all processes of this machine: let each take its own, "
+            "with device cuda"
+        )
     index = local_rank if device.index is None else device.index
     available = torch.cuda.device_count()
     if index >= available:

@@ -211,7 +211,7 @@ def _warnings(runs: Sequence[Run]) -> Iterator[str]:
     if len(features) > 1:
         named = _told(features, lambda r: r.extractor.name if r.extractor else "nothing")
         yield f"Of features of different extractors, so no two values can be compared: {named}."
-    references = _by(runs, lambda report: report.reference and report.reference.sha256)
+    references = _by(runs, _compared_with)
     if len(references) > 1:
         named = _told(references, lambda r: r.reference.name if r.reference else "nothing")
         yield f"Against different references, so no two values can be compared: {named}."
@@ -224,6 +224,17 @@ def _warnings(runs: Sequence[Run]) -> Iterator[str]:
         named = _told(definitions, lambda r: json.dumps(_definitions(r)))
         yield f"By different definitions of the metrics (evaluation.definitions): {named}."
     yield from _doubts(runs)
+
+
+def _compared_with(report: Report) -> str | None:
+    """Return what stands for the images of a reference: their hash; of a teacher's samples, which
+    have none, what they were made by.
+    """
+    reference = report.reference
+    if reference is None or reference.sha256:
+        return reference and reference.sha256
+    made = (report.recipe.get("teacher"), report.teacher.sha256, report.sampler)
+    return json.dumps([reference.name, reference.images, *made], sort_keys=True)
 
 
 def _doubts(runs: Sequence[Run]) -> Iterator[str]:

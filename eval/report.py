@@ -80,11 +80,12 @@ class Environment:
     """Processor or accelerator, in words."""
 
     @classmethod
-    def here(cls, device: torch.device | str = "cpu") -> Environment:
-        """Return the environment of this process."""
+    def here(cls, device: torch.device | str = "cpu", *, processes: int = 1) -> Environment:
+        """Return the environment of this process, one of so many on like devices."""
         commit = _git("rev-parse", "HEAD")
         status = _git("status", "--porcelain", "--untracked-files=no")
-        return cls(_versions(), commit, None if status is None else bool(status), _hardware(device))
+        hardware = _hardware(device, processes)
+        return cls(_versions(), commit, None if status is None else bool(status), hardware)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ class Report:
     """ISO 8601, with the offset from UTC."""
     finished_at: str
     durations_seconds: Mapping[str, float]
-    """Part of the run -> seconds."""
+    """Part of the run -> seconds, without those of processes that were killed."""
+    timed_images: int | None = None
+    """Images trained in these seconds; None where that is not known."""
     curve: Curve = field(default_factory=Curve)
     teacher_samples: SampleScore | None = None
     """Of the teacher's own samples, where they were measured."""
@@ -241,13 +244,13 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _hardware(device: torch.device | str) -> str:
+def _hardware(device: torch.device | str, processes: int) -> str:
+    """Return what the processes ran on, each on a GPU of its own or all on CPUs."""
     device = torch.device(device)
     cores = f"{os.cpu_count()} CPU cores ({_processor()})"
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        return f"{count} x {torch.cuda.get_device_name(device)}, {cores}"
-    return cores
+        return f"{processes} x {torch.cuda.get_device_name(device)}, {cores}"
+    return cores if processes == 1 else f"{processes} processes, {cores}"
 
 
 def _processor() -> str:

@@ -134,7 +134,7 @@ def measure(measurement: Measurement) -> Scorecard:
         definitions=settings.definitions.model_dump(mode="json"),
         sampler=subject.sampler,
         left_out=measurement.left_out,
-        environment=Environment.here(measures.world.device),
+        environment=Environment.here(measures.world.device, processes=measures.world.size),
         seconds=time.monotonic() - started_at,
     )
 

@@ -192,7 +192,8 @@ def _score(score: SampleScore | None) -> str:
 
 def _speed(report: Report) -> str:
     seconds = report.durations_seconds.get("training", 0.0)
-    return f", {report.images_seen / seconds:.3g} images per second of training" if seconds else ""
+    images = report.images_seen if report.timed_images is None else report.timed_images
+    return f", {images / seconds:.3g} images per second of training" if seconds else ""
 
 
 def _named(extractor: ExtractorName | None) -> str:

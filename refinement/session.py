@@ -40,6 +40,8 @@ class Run:
     original: nn.Module
     """The student before any training."""
     state: TrainState
+    images_before: int = 0
+    """Images that the state had seen when this process opened the run."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Part of this process's work -> how long it took."""
     started_at: str = field(default_factory=now)
@@ -61,7 +63,7 @@ def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> R
     newest = checkpoint.restore_newest(state, folder, world)
     if newest is not None:
         _log.info("found %s: %d images seen", newest.name, state.images_seen)
-    return Run(recipe, parts, folder, world, original, state)
+    return Run(recipe, parts, folder, world, original, state, state.images_seen)
 
 
 def append(run: Run, row: Mapping[str, object], *, images_seen: int | None = None) -> None:
@@ -84,8 +86,9 @@ def timed(run: Run, part: str) -> Iterator[None]:
 def note_session(run: Run) -> None:
     """Write down how long this process worked on the run, if it did."""
     if run.seconds:
-        session = {"started_at": run.started_at, "finished_at": now(), "seconds": run.seconds}
-        append(run, {"session": session})
+        images = run.state.images_seen - run.images_before
+        times = {"started_at": run.started_at, "finished_at": now(), "seconds": run.seconds}
+        append(run, {"session": {**times, "images": images}})
 
 
 def total_seconds(sessions: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:

@@ -196,3 +196,12 @@ def test_a_run_without_a_report_is_named(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "there is no" in result.stderr
     result = CliRunner().invoke(main, ["report", str(tmp_path)])
     assert result.exit_code == 2 and "the run has no report yet" in result.stderr
+
+
+def test_samples_of_different_teachers_are_different_references() -> None:
+    """They have no hash; what they were made by tells them apart."""
+    samples = ReferenceName("the teacher's own samples", "", 10_000)
+    first = replace(FIRST, reference=samples, recipe={"teacher": {"config": {"seed": 1}}})
+    same, other = first, replace(first, recipe={"teacher": {"config": {"seed": 7}}})
+    assert not any("references" in warning for warning in _compared(first, same).warnings)
+    assert any("different references" in warning for warning in _compared(first, other).warnings)

@@ -49,6 +49,22 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
         pass
 
 
+def test_one_gpu_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is to take its own; NCCL would only say that a GPU is there twice."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="let each take its own"), distributed.session("cuda:0"):
+        pass
+
+
+def test_a_world_whose_processes_cannot_meet_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WORLD_SIZE alone, as in a job script that forgot the rest."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="cannot find each other"), distributed.session("cpu"):
+        pass
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
     """And asking for cuda by name is refused there."""

@@ -145,6 +145,13 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
         reports.read(tmp_path / "report.json")
 
 
+def test_the_speed_is_of_the_images_that_were_timed() -> None:
+    """A process that was killed leaves no times, but images."""
+    known = wording.facts(replace(REPORT, timed_images=40_000))["images seen in training"]
+    assert known == "200,000, 100 images per second of training"
+    assert "500 images per second" in wording.facts(REPORT)["images seen in training"]
+
+
 def test_headline_is_the_result_in_a_line() -> None:
     """The headline has before, after and the change in percent."""
     assert wording.headline(REPORT) == "FID (mnist32 features) 24.0 ± 0.2 → 15.3 ± 0.1 (-36 %)"
