@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ from core.errors import UserError
 T = TypeVar("T")
 _TIMEOUT = timedelta(hours=2)
 """How long a rank waits for another: rank 0 alone may measure a long time."""
+_REST_SECONDS = 0.05
+"""In torch 2.9 a thread of gloo that still frees its last work needs the interpreter, while the
+group's destructor holds that and waits for the thread: it is given the time to end.
+"""
 _START_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for rank 0 to be there."""
 
@@ -82,6 +87,7 @@ def session(device: str = "auto") -> Iterator[World]:
                 device_id=world.device if is_cuda else None,
             )
         yield world
+        time.sleep(_REST_SECONDS)
         dist.destroy_process_group()
 
 
