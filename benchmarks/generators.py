@@ -1,13 +1,14 @@
 """The generators: images per second and peak memory, kernel policies side by side.
 
     python -m benchmarks.generators                              on the CPU
-    python -m benchmarks.generators --device cuda
+    python -m benchmarks.generators --device cuda --precision bfloat16 --precision float16
     python -m benchmarks.generators --published PATH             beside the published code
 
 PATH is a checkout of the published StyleGAN3 repository, which holds StyleGAN2 too; it runs
 unmodified in this process, in float32, on the same weights and latents. Each number is the median
 of alternating runs, so that a busy machine slows all columns alike. A column whose images differ
-from the first one's by more than 1e-3 of their largest value stops the program.
+from the first one's by more than 1e-3 of their largest value (in lower precision: 0.05) stops the
+program.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from torch import Tensor, nn
 from benchmarks._memory import in_use, reset_peak
 from benchmarks._published import on_path
 from core.errors import UserError
+from core.precision import DTYPES, Precision, computing_in
 from custom_ops import backend
 from generators import stylegan2, stylegan3
 
 Network = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-3
 """Of the largest value: far above rounding, far below another network."""
+LOWER_TOLERANCE = 0.05
+"""The same for bfloat16 and float16."""
 PASSES = ("forward", "forward+backward")
 _MAPPING = {"num_layers": 2}
 _SHAPE = {"z_dim": 512, "w_dim": 512, "img_channels": 3, "mapping": _MAPPING}
@@ -72,6 +76,13 @@ class Run(NamedTuple):
 )
 @click.option("--passes", multiple=True, type=click.Choice(PASSES), help="Default: both.")
 @click.option("--batch", type=click.IntRange(1), help="Images a batch, instead of the case's.")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["bfloat16", "float16"]),
+    help="A column of it too.",
+)
 @click.option("--published", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(
     device: str,
@@ -80,6 +91,7 @@ def main(
     names: tuple[str, ...],
     passes: tuple[str, ...],
     batch: int | None,
+    precisions: tuple[Precision, ...],
     published: Path | None,
 ) -> None:
     """Print the table."""
@@ -93,7 +105,7 @@ def main(
         case = CASES[name]
         torch.manual_seed(0)
         latents = torch.randn(batch or case.batch, 512, device=device)
-        columns = _columns(case, device, published)
+        columns = _columns(case, device, precisions, published)
         differences = _differences(columns, latents)
         for kind in passes or PASSES:
             found = _measured(columns, latents, backward=kind == PASSES[1], runs=runs)
@@ -106,11 +118,14 @@ def main(
                 )
 
 
-def _columns(case: Case, device: str, published: Path | None) -> dict[str, Network]:
+def _columns(
+    case: Case, device: str, precisions: tuple[Precision, ...], published: Path | None
+) -> dict[str, Network]:
     """Return the implementations under comparison, with one and the same weights."""
     student = case.family.build(case.family.Config.model_validate(case.settings))
     student = student.to(device).eval()
     columns = {policy: _under(policy, student) for policy in ("native", "reference")}
+    columns |= {precision: _lowered(precision, student) for precision in precisions}
     if published is not None:
         theirs = _published(case, published).to(device).eval()
         theirs.load_state_dict(student.state_dict(), strict=True)
@@ -128,6 +143,16 @@ def _under(policy: backend.KernelPolicy, student: nn.Module) -> Network:
     return run
 
 
+def _lowered(precision: Precision, student: nn.Module) -> Network:
+    native = _under("native", student)
+
+    def run(latents: Tensor) -> Tensor:
+        with computing_in(precision, [student]):
+            return native(latents)
+
+    return run
+
+
 def _published(case: Case, checkout: Path) -> nn.Module:
     """Return the published network of this shape."""
     with on_path(checkout):
@@ -141,7 +166,7 @@ def _published(case: Case, checkout: Path) -> nn.Module:
 def _differences(columns: dict[str, Network], latents: Tensor) -> dict[str, float]:
     """Return how far each column's image is from the first one's, over its largest value.
 
-    It is of one latent, and warms up. Raises UserError above TOLERANCE.
+    It is of one latent, and warms up. Raises UserError above the tolerance.
     """
     images = {column: network(latents[:1]) for column, network in columns.items()}
     first = next(iter(images.values()))
@@ -150,7 +175,7 @@ def _differences(columns: dict[str, Network], latents: Tensor) -> dict[str, floa
         for column, image in images.items()
     }
     for column, difference in found.items():
-        if not difference <= TOLERANCE:
+        if not difference <= (LOWER_TOLERANCE if column in DTYPES else TOLERANCE):
             raise UserError(f"the images of {column} are not the same: {difference:.1e} apart")
     return found
 

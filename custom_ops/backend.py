@@ -4,8 +4,9 @@ reference`.
 Native kernels are compiled from csrc/ at first use (see _build.py). They cover float32 and float64
 on a CPU, these and float16 and bfloat16 on CUDA, and one differentiation of bias_act and
 filtered_lrelu (of upfirdn2d: any number). Under `auto` and `native`, calls beyond that (another
-dtype or device, a filter that is trained, a call that is being traced or exported) take the
-reference: plain PyTorch on any device, differentiable to any order.
+device, a filter that is trained, a call that is being traced or exported) take the reference: plain
+PyTorch on any device, differentiable to any order. Lower precision without a kernel is computed in
+float32.
 
 Where the kernels cannot be built, `auto` says why, once, and takes the reference; `native` raises.
 """
@@ -74,12 +75,17 @@ def kernels_for(x: Tensor, *others: Tensor | None) -> _build.Library | None:
     return _library(x.device)
 
 
-def widened(x: Tensor) -> Tensor:
-    """Return x, in float32 where it is of lower precision on a CPU, which has no kernels for that:
-    filters keep their digits there, and only results are rounded.
+def widened(x: Tensor, *others: Tensor | None) -> tuple[Tensor, _build.Library | None]:
+    """Return x and `kernels_for` it; where none take x in lower precision, those for it in float32.
+
+    So filters keep their digits in plain PyTorch too, and only its result is to be rounded.
     """
+    kernels = kernels_for(x, *others)
     is_low = x.is_floating_point() and x.dtype.itemsize < torch.float32.itemsize
-    return x.float() if is_low and x.device.type == "cpu" else x
+    if kernels is not None or not is_low:
+        return x, kernels
+    wide = x.float()
+    return wide, kernels_for(wide, *others)
 
 
 def _policy() -> KernelPolicy:

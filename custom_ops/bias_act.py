@@ -16,7 +16,7 @@ from torch import Tensor
 
 from custom_ops import _native
 from custom_ops._native import BiasAct
-from custom_ops.backend import kernels_for, widened
+from custom_ops.backend import widened
 
 
 class Activation(NamedTuple):
@@ -65,8 +65,7 @@ def bias_act(
             f"bias has shape {tuple(b.shape)}, dimension {dim} of x has {x.shape[dim]}"
         )
     op = BiasAct(dim % x.ndim, act, alpha, gain, inf if clamp is None else clamp)
-    wide = widened(x)
-    kernels = kernels_for(wide)
+    wide, kernels = widened(x)
     if kernels is None or not _native.takes(kernels, op):
         return reference(wide, b, op).to(x.dtype)
     return _native.bias_act(kernels, wide, b, op).to(x.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from custom_ops import _native, bias_act, upfirdn2d
 from custom_ops._native import BiasAct, FilteredLrelu, LeakyRelu
 from custom_ops._resampling import Resample, resampling
-from custom_ops.backend import kernels_for, widened
+from custom_ops.backend import widened
 
 
 def filtered_lrelu(
@@ -51,8 +51,7 @@ def filtered_lrelu(
         Resample(fd, *along_down, flip_filter, 1.0),
         LeakyRelu(gain, slope, inf if clamp is None else clamp),
     )
-    wide = widened(x)
-    kernels = kernels_for(wide, fu, fd)
+    wide, kernels = widened(x, fu, fd)
     if kernels is None:
         return reference(wide, b, op).to(x.dtype)
     return _native.filtered_lrelu(kernels, wide, b, op).to(x.dtype)

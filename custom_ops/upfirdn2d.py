@@ -17,7 +17,7 @@ from torch import Tensor
 
 from custom_ops import _native
 from custom_ops._resampling import Resample, Resampling, resampling
-from custom_ops.backend import kernels_for, widened
+from custom_ops.backend import widened
 
 _LONGEST_BLOCK = 256
 """Outputs of one matrix product: the band of a long axis is narrow, so it is cut into blocks."""
@@ -56,8 +56,7 @@ def upfirdn2d(
     """
     along_x, along_y = resampling(x.shape, f, up=up, down=down, padding=padding)
     op = Resample(f, along_x, along_y, flip_filter, gain)
-    wide = widened(x)
-    kernels = kernels_for(wide, f)
+    wide, kernels = widened(x, f)
     made = reference(wide, op) if kernels is None else _native.upfirdn2d(kernels, wide, op)
     return made.to(x.dtype)
 

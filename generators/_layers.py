@@ -181,12 +181,17 @@ def modulation(style: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
     For features of lower precision both are scaled so that no product overflows (StyleGAN2-ADA's
     half-precision layers): style to at most 1, weight to at most 1 / sqrt(in * k * k). The
-    demodulation of the scaled ones undoes that.
+    demodulation of the scaled ones undoes that. What is zero throughout stays zero.
     """
     if not is_low(dtype):
         return style, weight
-    largest = weight.abs().amax((1, 2, 3), keepdim=True) * weight[0].numel() ** 0.5
-    return style / style.abs().amax(1, keepdim=True), weight / largest
+    of_style = style.abs().amax(1, keepdim=True)
+    of_weight = weight.abs().amax((1, 2, 3), keepdim=True) * weight[0].numel() ** 0.5
+    return style / _or_one(of_style), weight / _or_one(of_weight)
+
+
+def _or_one(divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, 1, divisor)
 
 
 def demodulation(style: Tensor, weight: Tensor, *, eps: float = 1e-8) -> Tensor:

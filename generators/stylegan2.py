@@ -2,9 +2,9 @@
 2020).
 
 All published architectures (skip, resnet, orig), conditional or not. Parameter and buffer names are
-those of the published networks, so their weights load with strict=True. Everything runs in float32;
-the published float16 blocks (`num_fp16_res`) are read and run in float32, which is what they
-approximate.
+those of the published networks, so their weights load with strict=True. Everything runs in float32,
+which the published float16 blocks (`num_fp16_res`) approximate; while training, blocks from 16x16
+on can compute in lower precision (core/precision.py), all but their styles and the image.
 
 Modulated convolution never copies weights per sample. With s the style and d the demodulation,
     y[n, o] = d[n, o] * conv(s[n] * x[n], W)[o],  d[n, o]^-2 = sum_i s[n, i]^2 sum_k W[o, i, k]^2,
@@ -246,7 +246,7 @@ class StyledConvolution(nn.Module):
         gain_after = gain * ACTIVATIONS[self.act].gain
         limit = feature_limit(self.clamp, dtype)
         clamp = None if limit is None else limit * gain
-        return bias_act(x, self.bias.to(dtype), act=self.act, gain=gain_after, clamp=clamp)
+        return bias_act(x, self.bias, act=self.act, gain=gain_after, clamp=clamp)
 
     def _noise(self, x: Tensor, noise_mode: NoiseMode) -> Tensor:
         if noise_mode == "const":
@@ -256,7 +256,9 @@ class StyledConvolution(nn.Module):
 
 
 class ToImage(nn.Module):
-    """Modulated 1x1 convolution to image channels in float32, without demodulation."""
+    """Modulated 1x1 convolution without demodulation, in the features' precision; the bias and what
+    is returned are float32.
+    """
 
     def __init__(self, config: Config, in_channels: int) -> None:
         super().__init__()

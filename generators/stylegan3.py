@@ -2,10 +2,12 @@
 Networks", NeurIPS 2021), configurations T and R.
 
 Parameter and buffer names are those of the published networks, so their weights load with
-strict=True. Everything runs in float32; the published float16 layers (`num_fp16_res`) are read and
-run in float32. As in StyleGAN2 here, modulation never copies weights per sample: inputs are scaled,
-one convolution serves the batch, outputs are demodulated. The magnitudes that layers divide by
-(`magnitude_ema`) stay as they were trained unless a call asks for their update, as published.
+strict=True. Everything runs in float32, also the published float16 layers (`num_fp16_res`); while
+training, layers that make signals sampled at 16 and more can compute in lower precision
+(core/precision.py), all but their styles and the image. As in StyleGAN2 here, modulation never
+copies weights per sample: inputs are scaled, one convolution serves the batch, outputs are
+demodulated. The magnitudes that layers divide by (`magnitude_ema`) stay as they were trained unless
+a call asks for their update, as published.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from generators._layers import (
     MappingConfig,
     demodulation,
     feature_limit,
-    is_low,
     lowered,
     modulation,
     published_arguments,
@@ -296,7 +297,7 @@ class FilteredConvolution(nn.Module):
             x,
             self.up_filter,
             self.down_filter,
-            self.bias.to(dtype),
+            self.bias,
             up=self.up,
             down=self.down,
             padding=self.padding,
@@ -305,7 +306,7 @@ class FilteredConvolution(nn.Module):
 
 
 class ToImage(nn.Module):
-    """Features to image channels: a modulated 1x1 convolution without demodulation."""
+    """Features to image channels in float32: a modulated 1x1 convolution without demodulation."""
 
     def __init__(self, config: Config, given: Signal, made: Signal, *, is_critical: bool) -> None:
         super().__init__()
@@ -317,8 +318,7 @@ class ToImage(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         gain = self.magnitude_ema.rsqrt() * self.weight.shape[1] ** -0.5
-        x = x.float() if is_low(x.dtype) else x
-        x = x * (self.affine(w) * gain)[:, :, None, None]
+        x = x * (self.affine(w) * gain)[:, :, None, None]  # float32, as the style is
         x = conv2d(x, self.weight, self.bias)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 

@@ -5,23 +5,32 @@ training is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import edm_goldens
 import pytest
 import torch
+from test_goldens_students import STUDENTS as PUBLISHED_STUDENTS
+from test_goldens_students import load_student
 from torch import Tensor, nn
 
+import generators
 from core.distributed import World
-from core.precision import Precision, computing_in
+from core.precision import DTYPES, Precision, computing_in
 from core.protocols import Networks
 from core.run_folder import RunFolder
+from custom_ops import backend
+from custom_ops.bias_act import bias_act
+from custom_ops.filtered_lrelu import filtered_lrelu
+from custom_ops.upfirdn2d import upfirdn2d
 from generators import one_step_edm, stylegan2, stylegan3
 from objectives import diff_instruct
 from teachers import edm, edm2
 from training import loop
 from training import state as training_state
 
+EMBEDDED = "assets/mnist32/student.safetensors"
 SMALL = {"img_resolution": 8, "img_channels": 3, "label_dim": 4}
 UNET = {"model_channels": 32, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
 NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": (1, 3, 3, 1)}
@@ -56,11 +65,11 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 kinds = pytest.mark.parametrize("kind", [*KINDS, "edm2"])
 
 
-_LIMITS = {"bfloat16": (0.03, 0.06), "float16": (0.004, 0.008)}
+_DENOISER_LIMITS = {"bfloat16": (0.03, 0.06), "float16": (0.004, 0.008)}
 """Eight and eleven bits: how far images and gradients may be, as a share of their norm."""
 
 
-@pytest.mark.parametrize("precision", _LIMITS)
+@pytest.mark.parametrize("precision", _DENOISER_LIMITS)
 @kinds
 def test_denoisers_are_close_to_float32(kind: str, precision: Precision) -> None:
     """Images and gradients, which are float32 and not the same."""
@@ -69,29 +78,53 @@ def test_denoisers_are_close_to_float32(kind: str, precision: Precision) -> None
     with computing_in(precision, [network]):
         found, gradient = _image_and_gradient(network)
     assert found.dtype == gradient.dtype == torch.float32
-    of_image, of_gradient = _LIMITS[precision]
+    of_image, of_gradient = _DENOISER_LIMITS[precision]
     assert 0 < _distance(found, exact) < of_image
     assert 0 < _distance(gradient, exact_gradient) < of_gradient
 
 
-STUDENTS = {
-    "stylegan2": lambda: stylegan2.build(stylegan2.Config(**_SMALL_GAN)),
-    "stylegan2, resnet": lambda: stylegan2.build(
-        stylegan2.Config(**_SMALL_GAN, architecture="resnet")
+STUDENTS: dict[str, Callable[..., nn.Module]] = {
+    "stylegan2": lambda **more: stylegan2.build(stylegan2.Config(**_SMALL_GAN, **more)),
+    "stylegan2, resnet": lambda **more: stylegan2.build(
+        stylegan2.Config(**_SMALL_GAN, architecture="resnet", **more)
     ),
-    "stylegan3": lambda: stylegan3.build(stylegan3.Config(**_SMALL_GAN, num_layers=6)),
+    "stylegan3": lambda **more: stylegan3.build(
+        stylegan3.Config(**_SMALL_GAN, **_FROM_4X4, num_layers=6, **more)
+    ),
 }
 _SMALL_GAN = dict(
     z_dim=16, w_dim=16, c_dim=0, img_resolution=32, img_channels=3, channel_base=512, channel_max=16
 )
+_FROM_4X4 = {"first_cutoff": 1.0, "first_stopband": 2.0}
+_LOWERED = {
+    "stylegan2": {"b16.conv0", "b16.conv1", "b32.conv0", "b32.conv1"},
+    "stylegan2, resnet": {f"b{r}.{part}" for r in (16, 32) for part in ("conv0", "conv1", "skip")},
+    "stylegan3": {"L2_36_16", "L3_52_16", "L4_52_16", "L5_32_16"},
+}
+_LIMITS = {"bfloat16": (0.02, 0.02), "float16": (0.0025, 0.005)}
+"""Eight and eleven bits: how far images and gradients may be, as a share of their norm."""
+_LIMITS_OF_DIGITS = [("bfloat16", 0.01, 0.04), ("float16", 0.0015, 0.003)]
+
+students = pytest.mark.parametrize("kind", STUDENTS)
+precisions = pytest.mark.parametrize("precision", _LIMITS)
 
 
-@pytest.mark.parametrize("precision", _LIMITS)
-@pytest.mark.parametrize("kind", STUDENTS)
+def student(kind: str, **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    return STUDENTS[kind](**more).eval()
+
+
+def modulated(network: nn.Module) -> list[nn.Module]:
+    """Return the layers whose results are demodulated."""
+    kinds = (stylegan2.StyledConvolution, stylegan3.FilteredConvolution)
+    return [module for module in network.modules() if isinstance(module, kinds)]
+
+
+@precisions
+@students
 def test_generators_are_close_to_float32(kind: str, precision: Precision) -> None:
     """Images and gradients, which are float32 and not the same; afterwards all is as it was."""
-    torch.manual_seed(0)
-    network = STUDENTS[kind]().eval()
+    network = student(kind)
     exact, exact_gradient = _made(network)
     with computing_in(precision, [network]):
         found, gradient = _made(network)
@@ -102,29 +135,133 @@ def test_generators_are_close_to_float32(kind: str, precision: Precision) -> Non
     assert torch.equal(_made(network)[0], exact)
 
 
-@pytest.mark.parametrize("kind", STUDENTS)
-def test_large_weights_do_not_overflow_float16(kind: str) -> None:
-    """Demodulation makes a layer's result independent of its weights' scale; so is float16's."""
-    torch.manual_seed(0)
-    network = STUDENTS[kind]().eval()
+@pytest.mark.parametrize(("precision", "of_image", "of_gradient"), _LIMITS_OF_DIGITS)
+def test_the_embedded_student_is_close_to_float32(
+    precision: Precision, of_image: float, of_gradient: float
+) -> None:
+    """Images agree to 1 % and 0.15 % of their norm, gradients to 4 % and 0.3 %."""
+    network = generators.load(EMBEDDED).eval()
+    exact, exact_gradient = _made(network)
+    with computing_in(precision, [network]):
+        found, gradient = _made(network)
+    assert 0 < _distance(found, exact) < of_image
+    assert 0 < _distance(gradient, exact_gradient) < of_gradient
+
+
+@pytest.mark.parametrize("name", PUBLISHED_STUDENTS)
+def test_published_generators_agree_in_bfloat16(name: str) -> None:
+    """Each golden: images agree to 2 % of their norm and are float32."""
+    network, golden, latents, labels = load_student(name)
+    with torch.no_grad(), computing_in("bfloat16", [network.eval()]):
+        found = network(latents, labels)
+    assert found.dtype == torch.float32
+    assert 0 < _distance(found, torch.as_tensor(golden["out/image"])) < 0.02
+
+
+@precisions
+@students
+def test_only_features_from_16x16_on_are_lowered(kind: str, precision: Precision) -> None:
+    """Mapping, styles and what is added up to the image stay float32."""
+    network, met = student(kind), {}
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda *hooked, name=name: met.update({name: hooked[2]}))
+    with torch.no_grad(), computing_in(precision, [network]):
+        network(torch.zeros(1, 16))
+    types = {name: out.dtype for name, out in met.items() if isinstance(out, Tensor)}
+    low = {name for name, dtype in types.items() if dtype != torch.float32}
+    assert low == {f"synthesis.{name}" for name in _LOWERED[kind]}
+    assert {types[name] for name in low} == {DTYPES[precision]}
+
+
+@students
+def test_large_weights_and_styles_do_not_overflow_float16(kind: str) -> None:
+    """Demodulation makes a layer's result independent of their scale; so is float16's."""
+    network = student(kind)
     exact, _ = _made(network)
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.ndim == 4 and parameter.shape[-1] == 3:
+        for layer in modulated(network):
+            for parameter in (layer.weight, *layer.affine.parameters()):
                 parameter *= 1e5
-                assert "synthesis" in name
     with computing_in("float16", [network]):
         found, _ = _made(network)
     assert _distance(found, exact) < 0.004
 
 
+@precisions
+@pytest.mark.parametrize("kind", ["stylegan2", "stylegan3"])
+@pytest.mark.parametrize("dead", ["channel", "style"])
+def test_what_is_zero_stays_zero(dead: str, kind: str, precision: Precision) -> None:
+    """A channel without weights, a layer without styles: an image as in float32, not NaN.
+
+    Their gradients are 10^4 times larger than others, as demodulation says, so float16's overflow.
+    """
+    network = student(kind)
+    with torch.no_grad():
+        for layer in modulated(network)[-2:]:
+            for parameter in [layer.weight[0]] if dead == "channel" else layer.affine.parameters():
+                parameter.zero_()
+            layer.bias.fill_(0.5)
+    exact, _ = _made(network)
+    with computing_in(precision, [network]):
+        found, gradient = _made(network)
+    assert _distance(found, exact) < _LIMITS[precision][0]
+    assert precision == "float16" or gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("clamp", [None, 0.5])
+@students
+def test_float16_features_end_at_256(kind: str, clamp: float | None) -> None:
+    """As in the published half-precision layers; elsewhere only a conv_clamp ends them."""
+    network, largest = student(kind, conv_clamp=clamp), []
+    layer = modulated(network)[-1]
+    with torch.no_grad():
+        layer.bias.fill_(1000)
+    layer.register_forward_hook(lambda *hooked: largest.append(hooked[2].max().item()))
+    for precision in ("float32", "bfloat16", "float16"):
+        with torch.no_grad(), computing_in(precision, [network]):
+            network(torch.zeros(1, 16))
+    if clamp is None:
+        assert min(largest[:2]) > 500 and 150 < largest[2] < 280
+    else:
+        assert max(largest) < 0.6
+
+
 def _made(network: nn.Module) -> tuple[Tensor, Tensor]:
-    latents = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
-    image = network(latents)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, *network.latent_shape, generator=generator)
+    image = network(latents, torch.arange(2) if network.num_classes else None)
     network.zero_grad()
     (image * torch.linspace(-1, 1, image.numel()).view_as(image)).sum().backward()
     gradients = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
     return image.detach(), torch.cat(gradients)
+
+
+OPERATIONS = {
+    "bias_act": lambda x, b, f: bias_act(x, b, act="lrelu", clamp=1.5),
+    "upfirdn2d": lambda x, b, f: upfirdn2d(x, f, up=2, padding=5),
+    "filtered_lrelu": lambda x, b, f: filtered_lrelu(x, f, f, b, up=2, down=2, padding=9),
+}
+
+
+@pytest.mark.parametrize("policy", ["native", "reference"])
+@precisions
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_round_only_their_results(
+    operation: str, precision: Precision, policy: backend.KernelPolicy
+) -> None:
+    """On a CPU they are those of float32, filter and bias included; so are the gradients."""
+    torch.manual_seed(0)
+    low, b, f = torch.randn(2, 3, 8, 8).to(DTYPES[precision]), torch.randn(3), torch.rand(12) / 6
+    results = []
+    for x in (low, low.float()):
+        leaves = x.clone().requires_grad_(), b.clone().requires_grad_()
+        with backend.using(policy):
+            out = OPERATIONS[operation](*leaves, f)
+            probe = torch.arange(out.numel()).view_as(out).remainder(3).to(out.dtype)
+            results.append((out, *torch.autograd.grad(out, leaves, probe, materialize_grads=True)))
+    for found, exact in zip(*results, strict=True):
+        assert torch.equal(found, exact.to(found.dtype))
+    assert [tensor.dtype for tensor in results[0]] == [low.dtype, low.dtype, torch.float32]
 
 
 @pytest.mark.parametrize("name", edm_goldens.NAMES)
