@@ -35,9 +35,6 @@ class Subject:
     sampler: str | None = None
     """How a teacher is sampled, in words."""
 
-    def __str__(self) -> str:
-        return f"{self.kind} `{self.source}` (sha256 {self.sha256[:12]})"
-
 
 def of_student(
     network: nn.Module, *, source: str, sha256: str, device: torch.device | str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from core import distributed, sharding
 from core.compiling import compiled
@@ -66,8 +66,17 @@ def train(
         ) as status,
         checkpoint.Writer(folder, config.keep, is_main=world.is_main) as writer,
     ):
-        run = _Run(state, config, folder, world, status, writer, _watch(config, folder, world))
-        run.measure, run.measuring = measure, Every.kimg(measure_every_kimg)
+        run = _Run(
+            state,
+            config,
+            folder,
+            world,
+            status,
+            writer,
+            _watch(config, folder, world),
+            measure,
+            Every.kimg(measure_every_kimg),
+        )
         trained = wrapped(networks, state, world)
         try:
             run.begin()
@@ -97,8 +106,8 @@ class _Run:
     status: Status
     writer: checkpoint.Writer
     watch: Watch
-    measure: Measure | None = None
-    measuring: Every = field(default_factory=lambda: Every(0))
+    measure: Measure | None
+    measuring: Every
 
     @property
     def is_over_early(self) -> bool:
