@@ -318,16 +318,20 @@ def reference(
         raise UserError(f"{out} exists: give another name, or --overwrite")
     with rounding_products(False), distributed.session(device) as world:
         _set_up_logging(world)
-        if world.size > 1:
-            raise UserError("a reference is measured by one process: call it without torchrun")
+        with distributed.main_first(world):
+            network = features.load(extractor, world.device)
         made = references.reference_statistics(
             source,
-            features.load(extractor, world.device),
+            network,
             keep=measuring.Config(kept_images=kept_images) if keep_features else None,
             batch_size=batch_size,
+            world=world,
             show=progress.of_rank(world),
         )
-        references.save_npz(out, made)
+        if world.is_main:
+            references.save_npz(out, made)
+    if not world.is_main:
+        return
     count = "an unknown number of" if made.images is None else f"{made.images:,}"
     kept = "none" if made.features is None else f"{len(made.features):,}"
     click.echo(

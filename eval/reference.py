@@ -17,25 +17,28 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+from core import distributed
+from core.distributed import World
 from core.downloads import cache_path, local_file, sha256_of
 from core.errors import UserError
 from core.run_folder import atomic_write
 from data.images import Images
 from eval import _published_sets, measuring
-from eval.collecting import Collected, Collector, kept_indices
+from eval.collecting import Collected, Collector, kept_indices, merged_over_ranks
 from eval.features import Extractor
 from eval.metrics import frechet_distance
 from eval.progress import Show, silent
 
 _log = logging.getLogger(__name__)
+_ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 _OTHER_ZIPS = (".npz", ".pt", ".pth", ".ckpt", ".bin")
 """Names under which torch saves zips that hold no images."""
 
@@ -73,16 +76,18 @@ def reference_statistics(
     keep: measuring.Config | None = None,
     batch_size: int = 250,
     cache: Path | None = None,
+    world: World = _ALONE,
     show: Show = silent,
 ) -> Reference:
     """Return the reference of images or of a file of statistics (above), given as a path or a URL.
 
     keep: how many images' features are kept, and which; None keeps mean and covariance only.
     cache: folder of kept references, by default `references` in the project's cache folder.
-    show: shows how far it is.
+    world: all its ranks call this, share the images, and get the same. show: shows how far it is.
     Raises UserError where the source cannot be read or does not fit the extractor.
     """
-    path = local_file(source)
+    with distributed.main_first(world):
+        path = local_file(source)
     if path.suffix == ".npz":
         stored = read_npz(path, extractor)
         return replace(stored, features=None) if keep is None else stored
@@ -91,14 +96,23 @@ def reference_statistics(
     images = image_set(path)
     if len(images) < 2:
         raise UserError(f"{path} holds one image: reference statistics need at least 2")
+    sha256 = distributed.from_main(images.sha256 if world.is_main else "", world)
     folder = cache_path("references").parent / "references" if cache is None else cache
     kept = "" if keep is None else f"-{keep.kept_images}-{keep.random_seed}"
-    path = folder / f"{images.sha256[:24]}-{extractor.sha256[:24]}{kept}.npz"
-    if path.exists():
+    path = folder / f"{sha256[:24]}-{extractor.sha256[:24]}{kept}.npz"
+    if _is_there_for_all(path, world):
         return read_npz(path, extractor)
-    reference = measure(images, extractor, keep=keep, batch_size=batch_size, show=show)
-    save_npz(path, reference)
+    reference = measure(
+        images, extractor, sha256=sha256, keep=keep, batch_size=batch_size, world=world, show=show
+    )
+    if world.is_main:
+        save_npz(path, reference)
     return reference
+
+
+def _is_there_for_all(path: Path, world: World) -> bool:
+    """Return whether every rank finds the file: machines may have caches of their own."""
+    return not distributed.any_rank(not path.exists(), world)
 
 
 def is_image_set(path: Path) -> bool:
@@ -142,45 +156,77 @@ def measure(
     images: ImageSet,
     extractor: Extractor,
     *,
+    sha256: str | None = None,
     keep: measuring.Config | None = None,
     batch_size: int = 250,
+    world: World = _ALONE,
     show: Show = silent,
 ) -> Reference:
-    """Return the reference of an image set, from the features of all its images; keep and show: as
-    above.
+    """Return the reference of an image set, from the features of all its images.
+
+    sha256: that of the images, where it is known. keep, world and show: as above. The number of
+    ranks changes the statistics by rounding only.
     """
     _log.info("reading %d reference images of %s", len(images), images.path)
+    taken = _collected(images, extractor, keep=keep, batch_size=batch_size, world=world, show=show)
+    both = taken.even.merge(taken.odd)
+    return Reference(
+        mean=both.mean.cpu(),
+        covariance=both.covariance.cpu(),
+        source=images.path.name,
+        sha256=images.sha256 if sha256 is None else sha256,
+        images=len(images),
+        image_shape=images.image_shape,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        halves_fid=frechet_distance(taken.even, taken.odd) if len(images) >= 4 else None,
+        features=taken.whole.features,
+    )
+
+
+class _Taken(NamedTuple):
+    """What is kept of an image set's features."""
+
+    whole: Collected
+    """The features themselves, where they are wanted."""
+    even: Collected
+    """The moments of images 0, 2, 4, …"""
+    odd: Collected
+    """Those of images 1, 3, 5, …"""
+
+
+def _collected(
+    images: ImageSet,
+    extractor: Extractor,
+    *,
+    keep: measuring.Config | None,
+    batch_size: int,
+    world: World,
+    show: Show,
+) -> _Taken:
+    """Return what is kept of all images, the same on every rank."""
+    if len(images) < 2 * world.size:  # too few for each rank to have an even and an odd one
+        world = replace(_ALONE, device=world.device)
+    share = distributed.shard(len(images), world)
     even, odd = (Collector({"moments"}, images=len(images)) for _ in range(2))
     whole = Collector(
         frozenset() if keep is None else {"features"},
         images=len(images),
         kept_images=0 if keep is None else keep.kept_images,
         random_seed=0 if keep is None else keep.random_seed,
+        first=share.start,
     )
-    first = 0
+    first = share.start
     with show(len(images)) as advance:
-        for batch in DataLoader(images, batch_size=batch_size):
+        for batch in DataLoader(Subset(images, share), batch_size=batch_size):
             features = extractor(batch)
             whole.add(features)
             for half, start in ((even, first % 2), (odd, 1 - first % 2)):
                 if len(features) > start:
                     half.add(features[start::2])
             first += len(batch)
-            advance(len(batch))
-    halves = even.collected, odd.collected
-    both = halves[0].merge(halves[1])
-    return Reference(
-        mean=both.mean.cpu(),
-        covariance=both.covariance.cpu(),
-        source=images.path.name,
-        sha256=images.sha256,
-        images=len(images),
-        image_shape=images.image_shape,
-        extractor=extractor.name,
-        extractor_sha256=extractor.sha256,
-        halves_fid=frechet_distance(*halves) if len(images) >= 4 else None,
-        features=whole.collected.features,
-    )
+            advance(len(batch) * world.size)  # the other ranks are about as far
+    return _Taken(*(merged_over_ranks(part.collected, world) for part in (whole, even, odd)))
 
 
 def of_samples(

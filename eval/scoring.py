@@ -94,11 +94,11 @@ def prepare(
             names = _left(names, left_out, leaving_out=True)
             settings = settings.model_copy(update={"metrics": names})
             loaded = suite.load(settings, image_shape=subject.image_shape, world=world)
-        assert loaded is not None, "what compares without a reference was left out or refused"
-        if any(METRICS[metric].compares for metric in loaded.metrics):
-            assert settings.reference is not None
-            real = suite.read_reference(settings.reference, loaded, image_shape=subject.image_shape)
-            loaded = replace(loaded, real=real)
+    assert loaded is not None, "what compares without a reference was left out or refused"
+    if any(METRICS[metric].compares for metric in loaded.metrics):
+        assert settings.reference is not None
+        real = suite.read_reference(settings.reference, loaded, image_shape=subject.image_shape)
+        loaded = replace(loaded, real=real)
     if not leaving_out:
         loaded.check(images=settings.images, student=subject.student)
         return Measurement(subject, loaded, names, settings, first_seed, left_out)

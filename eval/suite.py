@@ -290,13 +290,18 @@ def load(config: Config, *, image_shape: tuple[int, int, int], world: World) -> 
 
 
 def read_reference(source: str, suite: Suite, *, image_shape: tuple[int, int, int]) -> Reference:
-    """Return the reference of a source, with what the suite's metrics need of it.
+    """Return the reference of a source, with what the suite's metrics need of it; all ranks call
+    this and share the work.
 
     Raises UserError where its images have another shape than [C, H, W].
     """
     keeps = "features" in measuring.needs(suite.requests)
     found = reference.reference_statistics(
-        source, suite.extractor, keep=suite.definitions if keeps else None, show=suite.show
+        source,
+        suite.extractor,
+        keep=suite.definitions if keeps else None,
+        world=suite.world,
+        show=suite.show,
     )
     if found.image_shape not in (None, tuple(image_shape)):
         raise UserError(

@@ -74,7 +74,8 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         teacher, student = _networks(recipe)
         fitted = _adapter(recipe, student, teacher)
         objective = _objective(recipe, student)
-        measures, teacher_samples = _measures(recipe.evaluation, student, world)
+        measures = _measures(recipe.evaluation, student, world)
+    measures, teacher_samples = _with_references(measures, recipe.evaluation, student)
     layout = torch.channels_last
     return Parts(
         student.to(world.device, memory_format=layout),
@@ -158,21 +159,25 @@ def _objective(recipe: Recipe, student: nn.Module) -> Objective:
     return built
 
 
-def _measures(
-    settings: suite.Config, student: nn.Module, world: World
-) -> tuple[Suite | None, Reference | None]:
-    """Return what is measured, and the teacher's own samples; nothing where that comes later.
-
-    Raises UserError where reference, samples or student do not serve the metrics.
-    """
-    shape = tuple(student.image_shape)
+def _measures(settings: suite.Config, student: nn.Module, world: World) -> Suite | None:
+    """Return what is measured, without its reference; None: nothing."""
     for source in (settings.reference, settings.teacher):
         if source not in (None, "teacher", SAMPLED):
             local_file(found(source))  # a wrong path is said before an extractor is fetched
-    loaded = suite.load(settings, image_shape=shape, world=world)
+    return suite.load(settings, image_shape=tuple(student.image_shape), world=world)
+
+
+def _with_references(
+    loaded: Suite | None, settings: suite.Config, student: nn.Module
+) -> tuple[Suite | None, Reference | None]:
+    """Return what is measured with its reference, and the teacher's own samples; nothing where that
+    comes later. The ranks share the work.
+
+    Raises UserError where reference, samples or student do not serve the metrics.
+    """
     if loaded is None:
         return None, None
-    made = None
+    shape, made = tuple(student.image_shape), None
     if settings.reference == "teacher":
         kept = min(settings.images, settings.definitions.kept_images)
         planned = Planned(settings.images, kept)

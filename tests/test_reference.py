@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_as_ranks
 
+from core.distributed import World
 from core.errors import UserError
 from eval import features
 from eval.collecting import kept_indices
@@ -195,3 +197,50 @@ def test_a_missing_source_is_refused(tmp_path: Path) -> None:
     """A path that leads nowhere is named."""
     with pytest.raises(UserError, match="nothing-here"):
         reference_statistics(tmp_path / "nothing-here.zip", PIXELS)
+
+
+# Several ranks ------------------------------------------------------------------------------------
+
+
+def _measure_as_rank(world: World, folder: Path, out: Path) -> None:
+    """Leave the reference that this rank gets, the images that it looked at, and whether the second
+    time it looked at any.
+    """
+    extractor, sizes = _counting(PIXELS)
+    keep = Config(kept_images=8)
+    options = {"keep": keep, "batch_size": 3, "cache": out / "kept", "world": world}
+    made = reference_statistics(folder, extractor, **options)
+    looked_at = sum(sizes)
+    reference_statistics(folder, extractor, **options)
+    arrays = {"mean": made.mean, "covariance": made.covariance, "features": made.features}
+    counts = {"looked_at": looked_at, "again": sum(sizes) - looked_at}
+    torch.save(
+        {**arrays, **counts, "halves_fid": made.halves_fid, "sha256": made.sha256},
+        out / f"{world.rank}.pt",
+    )
+
+
+@pytest.mark.parametrize(("count", "looked_at"), [(19, [9, 10]), (3, [3, 3])])
+def test_ranks_share_the_images_of_a_reference(
+    folder: Path, tmp_path: Path, count: int, looked_at: list[int]
+) -> None:
+    """Two ranks look at half of the images each, or at all where there are too few to share; both
+    get what one process gets, to rounding, and one writes the cache, which both read.
+    """
+    for image in sorted(folder.iterdir())[count:]:
+        image.unlink()
+    alone = reference_statistics(
+        folder, PIXELS, keep=Config(kept_images=8), cache=tmp_path / "alone"
+    )
+    run_as_ranks(_measure_as_rank, folder, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [rank["looked_at"] for rank in found] == looked_at
+    assert [rank["again"] for rank in found] == [0, 0]
+    for rank in found:
+        torch.testing.assert_close(rank["mean"], alone.mean, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(rank["covariance"], alone.covariance, rtol=1e-12, atol=1e-14)
+        assert torch.equal(rank["features"], alone.features)
+        assert rank["halves_fid"] == pytest.approx(alone.halves_fid, rel=1e-6)
+        assert rank["sha256"] == alone.sha256
+    (kept,) = (tmp_path / "kept").glob("*.npz")
+    assert torch.equal(read_npz(kept, PIXELS).covariance, found[0]["covariance"])
