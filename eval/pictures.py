@@ -87,7 +87,7 @@ def curve_picture(
     axes.plot(kimg, values, color=_AFTER, linewidth=2.2, marker="o", markersize=4.5, zorder=3)
     for place in sorted({0, len(points) - 1}):
         _value(axes, kimg[place], values[place])
-    top = 1.12 * max([*values, *known.values()])
+    top = 1.12 * max([*values, *known.values(), 1e-9])  # all may be 0, or a KID below it
     axes.set_ylim(0, top)
     label_y = 0.0
     for place, (name, value) in enumerate(sorted(known.items(), key=lambda item: item[1])):
