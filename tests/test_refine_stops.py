@@ -27,19 +27,22 @@ from refinement import stopping
 from training import checkpoint
 
 SIGNALLED = """
-import os, sys, refine
+import os, sys, time, refine
 from training.status import Status
 number, row = int(sys.argv.pop(1)), Status.row
 def row_with_a_signal(self, images_seen):
     means = row(self, images_seen)
     if images_seen == 48:
+        while not any(self.folder.checkpoints.glob("*32.pt")):
+            time.sleep(0.01)
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
     return means
 Status.row = row_with_a_signal
 refine.main(sys.argv[1:], prog_name="refine.py")
 """
-"""The command, sent a signal once 48 images are read off, 16 after the checkpoint at 32.
+"""The command, sent a signal once 48 images are read off, 16 after the checkpoint at 32, and once
+that is written, which happens in the background.
 
 It comes twice, as Ctrl-C does under torchrun: from the terminal and from torchrun.
 """
