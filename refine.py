@@ -29,21 +29,22 @@ from pathlib import Path
 import click
 
 from core import config, distributed
-from core.commands import one_sentence
+from core.cli import one_sentence, set_up_logging
 from core.distributed import World
 from core.downloads import cache_path
 from core.errors import UserError
 from core.precision import rounding_products
 from core.run_folder import RunFolder, atomic_write
-from eval import features, wording
-from refinement.listing import table as listed_runs
-from refinement.parts import SAMPLED, found, load_parts
+from eval import features
+from refinement.components import SAMPLED, found, load_parts
+from refinement.job_restart import begun_run, note_job
+from refinement.pipeline import finish, train
 from refinement.recipe import Recipe, read_recipe
-from refinement.restarts import begun_run, note_job
-from refinement.run import finish, train
-from refinement.session import Run, note_session, open_run
-from refinement.stopping import ending_at_once, leave, run_as_process
-from training import checkpoint, events, loop
+from refinement.run import Run, note_session, open_run
+from refinement.runs_table import table as listed_runs
+from refinement.signals import ending_at_once, leave, run_as_process
+from reports import text
+from training import checkpoint, tensorboard, trainer
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED = {
@@ -190,9 +191,9 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
         rounding_products(False),  # what is measured is float32, on a GPU too
         distributed.session(recipe.device) as world,
     ):
-        _set_up_logging(world)
+        set_up_logging(world)
         if training and recipe.training.tensorboard:
-            events.require_package()
+            tensorboard.require_package()
         parts = load_parts(recipe, world)
         if folder is None:
             folder = distributed.from_main(_folder_of_job(recipe, outdir, world), world)
@@ -203,7 +204,7 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
                     train(run)
                 made = finish(run)
         if world.is_main:
-            click.echo(f"\n{wording.summary(made)}\n\nreport: {run.folder.report / 'report.html'}")
+            click.echo(f"\n{text.summary(made)}\n\nreport: {run.folder.report / 'report.html'}")
 
 
 @contextmanager
@@ -215,12 +216,12 @@ def _saying_what_is_saved(run: Run) -> Iterator[None]:
     """
     try:
         yield
-    except (loop.Interrupted, KeyboardInterrupt):
+    except (trainer.Interrupted, KeyboardInterrupt):
         if not run.world.is_main:
             leave()
         note_session(run)
         leave(f"stopped; {_saved(run)}; {_go_on(run.folder)}")
-    except loop.Diverged as error:
+    except trainer.Diverged as error:
         how = f"see how good that is with: python refine.py --report {run.folder.path}"
         raise UserError(f"{error}\n{_saved(run)}; {how}") from error
     except UserError as error:
@@ -286,12 +287,6 @@ def _write_schema() -> None:
     with atomic_write(SCHEMA) as partial:
         partial.write_text(json.dumps(config.schema(Recipe), indent=1) + "\n", encoding="utf-8")
     click.echo(f"wrote {SCHEMA}")
-
-
-def _set_up_logging(world: World) -> None:
-    handler = logging.StreamHandler()
-    handler.addFilter(distributed.main_only(world))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.loop_overhead                      CIFAR-10's DDPM++, on the CPU
     python -m benchmarks.loop_overhead --device cuda --batch 128 --column "bfloat16, shared batch"
 
-`training.loop.train` runs as in a run, with a row of readings after every round. The networks'
+`training.trainer.train` runs as in a run, with a row of readings after every round. The networks'
 forward passes, backward passes and the optimizers are timed as they are called; what is left of the
 time from one round's end to the next is the loop's: draws, noise and losses, gradient norms and
 their check, the moving average, readings. On a GPU the device is waited for around each part, so
@@ -30,8 +30,8 @@ from core.distributed import World
 from core.randomness import Draws
 from core.run_folder import RunFolder
 from objectives import diff_instruct
-from training import loop, rounds
-from training.settings import Config
+from training import step, trainer
+from training.config import Config
 
 NETWORKS = ("forward", "backward", "optimizer")
 LOOP = ("draws", "gradient norms and check", "moving average")
@@ -112,7 +112,7 @@ def measured(
         return False
 
     with tempfile.TemporaryDirectory() as folder, _timed(state, watch):
-        loop.train(
+        trainer.train(
             state,
             objective,
             config,
@@ -124,7 +124,7 @@ def measured(
 
 
 @contextmanager
-def _timed(state: loop.TrainState, watch: Stopwatch) -> Iterator[None]:
+def _timed(state: trainer.TrainState, watch: Stopwatch) -> Iterator[None]:
     """Run the body with networks, optimizers and parts of the loop timed."""
     networks = (state.networks.student, state.networks.score, state.networks.teacher)
     patches = [
@@ -141,8 +141,8 @@ def _timed(state: loop.TrainState, watch: Stopwatch) -> Iterator[None]:
             (Draws, "_words", "draws"),
             (Draws, "normal", "draws"),
             (Draws, "uniform", "draws"),
-            (rounds, "_checked_norms", "gradient norms and check"),
-            (rounds, "follow", "moving average"),
+            (step, "_checked_norms", "gradient norms and check"),
+            (step, "follow", "moving average"),
         )
     ]
     for patch in patches:

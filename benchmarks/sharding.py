@@ -20,10 +20,11 @@ import torch
 
 from benchmarks._memory import in_use, reset_peak
 from benchmarks.step import SHAPES, state_of
-from core import distributed, sharding
+from core import distributed
 from core.distributed import World
 from objectives import diff_instruct
-from training.settings import Config
+from training import fsdp
+from training.config import Config
 
 SETTINGS = ("", "score", "score,teacher", "score,teacher,student")
 
@@ -58,7 +59,7 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
         trained, seconds = rounds.wrapped(state.networks, state, world), []
         objective = diff_instruct.build(diff_instruct.Config())
         teachers = [state.networks.teacher] if "teacher" in names else []
-        with sharding.sharded(teachers, world):
+        with fsdp.sharded(teachers, world):
             _held(world)
             for _ in range(rounds):
                 started = time.perf_counter()

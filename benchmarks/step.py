@@ -35,17 +35,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._memory import in_use
 from benchmarks._published import on_path
-from core.compiling import Mode, compiled
 from core.distributed import World
 from core.errors import UserError
 from core.precision import DTYPES, Precision
-from core.protocols import Networks
+from core.roles import Networks
 from generators import one_step_edm
 from objectives import diff_instruct
 from teachers import edm
-from training import rounds
 from training import state as training_state
-from training.settings import Config
+from training import step
+from training.compilation import Mode, compiled
+from training.config import Config
 from training.state import TrainState
 
 _DDPMPP = {"img_channels": 3, "model_type": "SongUNet", "augment_dim": 9}
@@ -223,9 +223,7 @@ def _ours(task: Task) -> Iterator[Callable[[], object]]:
     settings = diff_instruct.Config(shared_batch=column.shared_batch)
     objective, alone = diff_instruct.build(settings), World(0, 1, 0, device)
     with compiled(state.networks, column.compile, device) as networks:
-        yield lambda: list(
-            rounds.play_round(state, objective, config, trained=networks, world=alone)
-        )
+        yield lambda: list(step.play_round(state, objective, config, trained=networks, world=alone))
 
 
 def state_of(

@@ -20,7 +20,7 @@ from typing import ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from core._explanations import error_lines, is_model, leaves, shown
+from core._config_errors import error_lines, is_model, leaves, shown
 from core.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)

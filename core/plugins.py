@@ -12,7 +12,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-from core._explanations import did_you_mean
+from core._config_errors import did_you_mean
 from core.errors import UserError
 
 

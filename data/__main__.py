@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from core.commands import one_sentence
+from core.cli import one_sentence
 from core.errors import UserError
 from data import prepare as preparation
 from data.prepare import Options, Size, Summary, listed

@@ -2,7 +2,7 @@
 
 A batch is a pickle that Python 2 wrote: {"data": uint8 [N, 3072], channels first, "labels": N
 numbers, …} (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009). It is read
-as data by core.pickles, whose stand-ins build arrays, lists and strings and run nothing.
+as data by pretrained.nvidia_pickle, whose stand-ins build arrays, lists and strings.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def _class_names(content: bytes | None, where: str) -> list[str] | None:
 
 def _unpickled(content: bytes, where: str) -> dict[str, object]:
     """Return a pickled dict by str names, its strings of Python 2 as str."""
-    from core import pickles  # it imports torch, which takes seconds
+    from pretrained import nvidia_pickle  # it imports torch, which takes seconds
 
-    found = pickles.plain(content, what=where)
+    found = nvidia_pickle.plain(content, what=where)
     if not isinstance(found, dict):
         raise UserError(f"{where} holds a {type(found).__name__}, expected a dict as CIFAR-10 has")
     return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in found.items()}

@@ -1,4 +1,4 @@
-"""`python -m eval`: metrics of any weights or images, reference statistics, reports of runs."""
+"""`python -m eval`: metrics of any weights or images, and statistics of reference images."""
 
 from __future__ import annotations
 
@@ -15,32 +15,20 @@ from torch import nn
 
 import generators
 import teachers
-from core import config, distributed, plugins, weights
-from core.commands import one_sentence
+from core import config, distributed, plugins
+from core.cli import one_sentence, set_up_logging
 from core.distributed import World
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
 from core.precision import rounding_products
-from core.protocols import Denoiser
+from core.roles import Denoiser
 from core.run_folder import RunFolder
-from core.weights import SavedNetwork
-from eval import (
-    comparing,
-    features,
-    measuring,
-    pages,
-    progress,
-    scorecard,
-    scoring,
-    subjects,
-    suite,
-    wording,
-)
+from eval import edm_sampler, features, measuring, progress, scorecard, scoring, subjects, suite
 from eval import reference as references
-from eval import report as reports
 from eval.measuring import METRICS
 from eval.subjects import Kind, Subject
-from teachers import sampling
+from pretrained import files
+from pretrained.files import SavedNetwork
 
 _log = logging.getLogger(__name__)
 _TITLES = {
@@ -78,10 +66,10 @@ def _names(command: str) -> tuple[str, ...]:
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    subcommand_metavar="METRIC|reference|report …",
+    subcommand_metavar="METRIC|reference …",
 )
 def main() -> None:
-    """Measure what weights or images are worth, and compare runs.
+    """Measure the quality of weights or images by FID and other metrics.
 
     \b
     python -m eval fid student.safetensors --reference mine.zip
@@ -90,11 +78,10 @@ def main() -> None:
     python -m eval fid,pr images.zip --reference mine.zip --extractor dinov2-vit-b-14
     torchrun --nproc_per_node=8 -m eval all student.safetensors --reference mine.zip
     python -m eval reference mine.zip mine.npz
-    python -m eval report runs/00000-first runs/00001-second
 
     A METRIC is one of those below, a published name such as fid50k_full, kid50k_full, is50k,
     pr50k3_full or ppl2_wend, which also says of how many images, or several with commas between.
-    docs/evaluating.md says what each number means.
+    docs/evaluating.md explains each number; `python -m reports` compares runs.
     """
 
 
@@ -186,7 +173,7 @@ def _measure(
     )
     seeded = {"--images": images, "--seeds": seeds, "--first-seed": first_seed}
     with rounding_products(False), distributed.session(device) as world:
-        _set_up_logging(world)
+        set_up_logging(world)
         with distributed.main_first(world):
             subject = _subject(source, sampler, world)
         _check_options(subject, seeded)
@@ -220,7 +207,7 @@ def _check_options(subject: Subject, seeded: dict[str, int | None]) -> None:
 def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
     """Return what a path, a URL or a short name stands for."""
     settings = config.validate(
-        sampling.Config, config.with_overrides({}, sampler), source="--sampler"
+        edm_sampler.Config, config.with_overrides({}, sampler), source="--sampler"
     )
     path = _located(source)
     kind = _kind(path)
@@ -236,8 +223,8 @@ def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
         return subjects.of_student(network, **named)
     return subjects.of_teacher(
         network,
-        partial(sampling.sample, config=settings),
-        described=sampling.described(cast(Denoiser, network), settings),
+        partial(edm_sampler.sample, config=settings),
+        described=edm_sampler.described(cast(Denoiser, network), settings),
         **named,
     )
 
@@ -265,7 +252,7 @@ def _kind(path: Path) -> Kind:
     """Return what a file or folder holds, by its content. Raises UserError for anything else."""
     if references.is_image_set(path):
         return "images"
-    file = weights.read(path)
+    file = files.read(path)
     if isinstance(file, SavedNetwork):
         return "teacher" if file.family in plugins.names("teachers") else "student"
     return "teacher" if "ema" in file.records else "student"
@@ -317,7 +304,7 @@ def reference(
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists: give another name, or --overwrite")
     with rounding_products(False), distributed.session(device) as world:
-        _set_up_logging(world)
+        set_up_logging(world)
         with distributed.main_first(world):
             network = features.load(extractor, world.device)
         made = references.reference_statistics(
@@ -338,41 +325,6 @@ def reference(
         f"wrote {out}: {len(made.mean):,} features of {count} images by {made.extractor}, "
         f"those of {kept} images kept"
     )
-
-
-@main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN…")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE.html",
-    help="Where the page of several runs goes.  [default: comparison.html]",
-)
-@one_sentence(stopped="stopped; nothing was written")
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Print what a run's report says; of several runs make one page that compares them.
-
-    RUN is a run's folder, or a report.json. A report is made anew by: python refine.py --report RUN
-    """
-    paths = [comparing.report_path(run) for run in runs]
-    found = [reports.read(path) for path in paths]
-    if len(found) == 1:
-        if out is not None:
-            raise UserError(
-                f"one run has a page already, {paths[0].with_name('report.html')}: give several"
-            )
-        click.echo(f"{found[0].name}\n{wording.summary(found[0])}")
-        return
-    target = out or Path("comparison.html")
-    compared = comparing.compare(found, paths, beside=target)
-    pages.write_comparison(target, compared)
-    click.echo(f"{comparing.summary(compared)}\n\nwrote {target}")
-
-
-def _set_up_logging(world: World) -> None:
-    handler = logging.StreamHandler()
-    handler.addFilter(distributed.main_only(world))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     cifar-10-python.tar.gz       the images themselves; of them the training images count
     NAME-inception-….pkl         statistics that StyleGAN's programs keep of a data set
 
-Both hold pickles, which are read as data (core.pickles): nothing in them can run.
+Both hold pickles, which are read as data (pretrained.nvidia_pickle): nothing in them can run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import pickles
 from core.errors import UserError
 from data.prepare import open_source
 from eval.metrics import FeatureStatistics
+from pretrained import nvidia_pickle
 
 ARCHIVES = (".tar", ".tgz", ".tar.gz")
 
@@ -94,7 +94,7 @@ def read_full_data(path: Path) -> FullData:
 
 def _stored(path: Path) -> _Stored:
     """Return the fields of a file, checked against each other."""
-    found = pickles.plain(path.read_bytes(), what=str(path))
+    found = nvidia_pickle.plain(path.read_bytes(), what=str(path))
     if not isinstance(found, dict) or not {"num_items", "raw_mean", "raw_cov"} <= found.keys():
         raise UserError(
             f"{path} is a pickle, but not of statistics as StyleGAN's programs keep them: expected "

@@ -24,11 +24,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from core import weights
 from core.config import Section, validate
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
 from eval import _published
+from pretrained import files
 
 INCEPTION_URL = _published.SOURCES["inception"].url
 _MNIST32 = Path(__file__).resolve().parents[1] / "assets" / "mnist32" / "features.safetensors"
@@ -133,7 +133,7 @@ def save_classifier(
     path: str | Path, classifier: Classifier, *, provenance: Mapping[str, object]
 ) -> None:
     """Write a classifier that `load` and `read_classifier` read."""
-    weights.save(
+    files.save(
         Path(path),
         family="classifier",
         config=classifier.config.model_dump(),
@@ -149,8 +149,8 @@ def classifier_path(name: str) -> Path:
 
 def read_classifier(path: str | Path) -> Classifier:
     """Return the classifier of a weights file, in eval mode and without gradients."""
-    stored = weights.read(path)
-    if not isinstance(stored, weights.SavedNetwork) or stored.family != "classifier":
+    stored = files.read(path)
+    if not isinstance(stored, files.SavedNetwork) or stored.family != "classifier":
         found = getattr(stored, "family", "a pickle of generators or denoisers")
         raise UserError(f"{path} holds {found}; a feature extractor needs the family classifier")
     classifier = Classifier(validate(Config, stored.config, source=str(path)))

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from eval._numbers import metric_title, shown, unit
+from eval.display import metric_title, shown, unit
 from eval.measuring import METRICS
 from eval.metrics import MetricResult
-from eval.report import Environment, ExtractorName, ReferenceName
+from eval.provenance import Environment, ExtractorName, ReferenceName
 
 SCHEMA_VERSION = 1
 _FEW_IMAGES = 10_000

@@ -19,7 +19,7 @@ from core.errors import UserError
 from eval import path_length, suite
 from eval.measuring import METRICS, Request, parse
 from eval.path_length import WALKS
-from eval.report import Environment, ExtractorName, ReferenceName
+from eval.provenance import Environment, ExtractorName, ReferenceName
 from eval.scorecard import Scorecard, SubjectName
 from eval.subjects import Subject
 from eval.suite import Suite

@@ -9,8 +9,8 @@ from typing import cast
 
 from torch import nn
 
-from core import networks
-from core.protocols import Student
+from core.roles import Student
+from pretrained import networks
 
 _RECORDS = ("G_ema", "G")
 """Of a StyleGAN pickle: the moving average is the student; both carry refined weights back."""

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from core import networks
 from core.errors import UserError
 from core.run_folder import atomic_write
 from custom_ops import backend
+from pretrained import networks
 
 if TYPE_CHECKING:
     from onnx import ModelProto

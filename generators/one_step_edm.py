@@ -12,11 +12,12 @@ from typing import cast
 from pydantic import Field
 from torch import Tensor, nn
 
-from core import networks, plugins
+from core import plugins
 from core.config import Section, validate
 from core.errors import UserError
-from core.pickles import NetworkRecord
-from core.protocols import Denoiser
+from core.roles import Denoiser
+from pretrained import networks
+from pretrained.nvidia_pickle import NetworkRecord
 
 
 class Config(Section):

@@ -22,9 +22,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Section, validate
-from core.convolution import conv2d
-from core.pickles import NetworkRecord
 from custom_ops.bias_act import ACTIVATIONS, bias_act
+from custom_ops.conv2d import conv2d
 from custom_ops.upfirdn2d import fir_filter, upfirdn2d
 from generators._layers import (
     LOWERED_FROM,
@@ -38,6 +37,7 @@ from generators._layers import (
     modulation,
     published_arguments,
 )
+from pretrained.nvidia_pickle import NetworkRecord
 
 NoiseMode = Literal["const", "random", "none"]
 

@@ -23,8 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Section, validate
-from core.convolution import conv2d
-from core.pickles import NetworkRecord
+from custom_ops.conv2d import conv2d
 from custom_ops.filtered_lrelu import filtered_lrelu
 from generators._layers import (
     LOWERED_FROM,
@@ -37,6 +36,7 @@ from generators._layers import (
     modulation,
     published_arguments,
 )
+from pretrained.nvidia_pickle import NetworkRecord
 
 
 class Config(Section):

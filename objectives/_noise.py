@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from core.config import Section
-from core.protocols import LossOutput
 from core.randomness import Draws
+from core.roles import LossOutput
 
 
 class LogNormal(Section):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from core.config import Section
 from core.distributed import unwrap
 from core.errors import UserError
-from core.protocols import Denoiser, LossOutput, Networks, Phase
 from core.randomness import Draws
+from core.roles import Denoiser, LossOutput, Networks, Phase
 from data.images import Images
 from objectives import _augment
 from objectives._dropout import dropping

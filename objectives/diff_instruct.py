@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from core.config import Section
 from core.distributed import unwrap
-from core.protocols import LossOutput, Networks, Phase, Student
 from core.randomness import Draws
+from core.roles import LossOutput, Networks, Phase, Student
 from objectives._dropout import dropping
 from objectives._noise import LogNormal, SigmaLaw, add_noise, column, denoising_loss, edm_weight
 

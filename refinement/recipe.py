@@ -14,10 +14,9 @@ from core import config, plugins
 from core.config import ConfigError, Section
 from core.errors import UserError
 from custom_ops import backend
-from eval import suite
+from eval import edm_sampler, suite
 from eval.measuring import METRICS, least_images, parse
-from teachers import sampling
-from training import loop
+from training import trainer
 
 Mode = Literal["gan", "distill", "teach"]
 """What a recipe is for: to refine a GAN, to distil a teacher, or to train one."""
@@ -76,11 +75,11 @@ class Recipe(Section):
     """The diffusion model it learns from; null where it learns from real images (denoising)."""
     objective: _objective_type()  # pyright: ignore[reportInvalidTypeForm]
     """What is minimised."""
-    training: loop.Config = loop.Config()
+    training: trainer.Config = trainer.Config()
     """The loop."""
     evaluation: suite.Config = suite.Config()
     """What is measured before, while and after."""
-    sampler: sampling.Config = sampling.Config()
+    sampler: edm_sampler.Config = edm_sampler.Config()
     """How a diffusion model is sampled for its own score."""
     device: str = "auto"
     """auto (CUDA where there is some), cpu, cuda or cuda:N."""

@@ -1,114 +1,97 @@
-"""One run from its start to its report: measured before, trained, measured after; resumable at any
-point.
-"""
+"""A run as this process has it open: recipe and parts, folder, and where its training stands."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
 
 from torch import nn
 
-import generators
-from core import distributed, networks, weights
-from core.downloads import local_file
-from core.errors import UserError
-from eval import pages, report, samples
-from refinement import account, scores
-from refinement.parts import found, with_teacher_samples
-from refinement.session import Run, note_session, timed
-from refinement.stopping import stop_signal
-from training import loop
+from core.distributed import World
+from core.roles import Networks
+from core.run_folder import RunFolder
+from refinement.components import Parts
+from refinement.recipe import Recipe
+from training import checkpoint
+from training import state as training_state
+from training.state import TrainState
 
 _log = logging.getLogger(__name__)
 
 
-def train(run: Run) -> None:
-    """Train to the end of the recipe. Raises loop.Interrupted, with the state saved, when asked to
-    stop.
-    """
-    if run.world.is_main:
-        run.folder.keep_readings_until(run.state.images_seen)
-    distributed.barrier(run.world)
-    _meet_teacher(run)
-    scores.measure(run, "before", run.original)
-    if run.state.images_seen >= run.recipe.training.total_images:
-        return
-    with timed(run, "training"):
-        scores.begin_curve(run)
-        with stop_signal() as stop_requested:
-            loop.train(
-                run.state,
-                run.parts.objective,
-                run.recipe.training,
-                folder=run.folder,
-                world=run.world,
-                measure=lambda state: scores.while_training(
-                    run, state, stop_requested=stop_requested
-                ),
-                measure_every_kimg=run.recipe.evaluation.every_kimg,
-                stop_requested=stop_requested,
-            )
+def now() -> str:
+    """Return the time in ISO 8601, with the offset from UTC."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def finish(run: Run) -> report.Report:
-    """Return the report of the run as it stands, after writing it and the refined weights."""
-    _meet_teacher(run)
-    scores.measure(run, "before", run.original)
-    student = copy.deepcopy(run.state.student_ema)
-    if hasattr(student, "settle"):
-        student.settle()
-    if run.world.is_main:
-        provenance = {
-            "refined_from": account.file_of(run.recipe.student),
-            "images_seen": run.state.images_seen,
-        }
-        networks.save(run.folder.student, student, provenance=provenance)
-        _save_refined_pickle(run, student)
-    scores.measure(run, "after", student)
-    scores.compare(run, student)
-    note_session(run)
-    made = account.report_of(run)
-    if run.world.is_main:
-        near = account.neighbours(run, made, run.parts.images_of(student))
-        pages.write(run.folder.report, made, _pairs(run, student), near)
-    return made
+@dataclass
+class Run:
+    """One run in its folder: what it was given, and where it stands."""
+
+    recipe: Recipe
+    parts: Parts
+    folder: RunFolder
+    world: World
+    original: nn.Module
+    """The student before any training."""
+    state: TrainState
+    images_before: int = 0
+    """Images that the state had seen when this process opened the run."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Part of this process's work -> how long it took."""
+    started_at: str = field(default_factory=now)
 
 
-def _pairs(run: Run, student: nn.Module) -> samples.Pairs:
-    """Return images of the same latents before and after, the teacher's too where it has them."""
-    seeds = account.pair_seeds(run)
-    return samples.pairs(
-        run.parts.images_of(run.original),
-        run.parts.images_of(student),
-        seeds,
-        labels=samples.inputs_of(student, seeds).labels,
-        teacher=run.parts.images_of(run.parts.teacher) if _starts_from_noise(run) else None,
+def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> Run:
+    """Return the run where its newest checkpoint left it, or at its start."""
+    original = copy.deepcopy(parts.student).eval().requires_grad_(False)
+    trio = Networks(parts.student, copy.deepcopy(parts.teacher), parts.teacher, parts.adapter)
+    settings = recipe.training
+    state = training_state.start(
+        trio,
+        student_lr=settings.student_lr,
+        score_lr=settings.score_lr,
+        optimizer=settings.optimizer,
+        shard=settings.shard,
+        world=world,
     )
+    newest = checkpoint.restore_newest(state, folder, world)
+    if newest is not None:
+        _log.info("found %s: %d images seen", newest.name, state.images_seen)
+    return Run(recipe, parts, folder, world, original, state, state.images_seen)
 
 
-def _save_refined_pickle(run: Run, student: nn.Module) -> None:
-    """Where the student came in a published pickle, write that again with the refined weights."""
-    source = run.recipe.student.weights
-    original = None if source is None else local_file(found(source))
-    if original is None or not weights.is_pickle(original):
-        return
+def append(run: Run, row: Mapping[str, object], *, images_seen: int | None = None) -> None:
+    """Write a row of readings, of where the run stands or of an earlier point; rank 0 does."""
+    if run.world.is_main:
+        at = run.state.images_seen if images_seen is None else images_seen
+        run.folder.append_reading({"images_seen": at, **row})
+
+
+@contextmanager
+def timed(run: Run, part: str) -> Iterator[None]:
+    """Note how long the body took."""
+    started = time.monotonic()
     try:
-        written = generators.save_refined(original, run.folder.refined_pickle, student)
-    except UserError as error:
-        _log.warning("no refined.pkl: %s", error)
-        return
-    _log.info(
-        "%s: %s refined, all else as it was", run.folder.refined_pickle, " and ".join(written)
-    )
+        yield
+    finally:
+        run.seconds[part] = round(time.monotonic() - started, 1)
 
 
-def _meet_teacher(run: Run) -> None:
-    """Take in the statistics of the teacher's own samples, where the recipe asks for them."""
-    run.parts = with_teacher_samples(run.parts, run.recipe.evaluation, run.folder, run.world)
+def note_session(run: Run) -> None:
+    """Write down how long this process worked on the run, if it did."""
+    if run.seconds:
+        images = run.state.images_seen - run.images_before
+        times = {"started_at": run.started_at, "finished_at": now(), "seconds": run.seconds}
+        append(run, {"session": {**times, "images": images}})
 
 
-def _starts_from_noise(run: Run) -> bool:
-    """Return whether student and teacher make images from the same latents."""
-    latents = getattr(run.original, "latent_shape", None)
-    return latents == getattr(run.parts.teacher, "image_shape", ())
+def total_seconds(sessions: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Return the time of each part of the work, over all processes that worked on the run."""
+    parts = dict.fromkeys(name for session in sessions for name in session["seconds"])
+    return {part: sum(s["seconds"].get(part, 0.0) for s in sessions) for part in parts}

@@ -7,8 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from core import networks
-from core.protocols import Denoiser
+from core.roles import Denoiser
+from pretrained import networks
 from teachers._catalogue import CATALOGUE, LICENCE, located
 
 __all__ = ["CATALOGUE", "LICENCE", "load", "located"]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.convolution import conv2d
+from custom_ops.conv2d import conv2d
 
 Resample = Literal["up", "down"]
 InitLaw = Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"]

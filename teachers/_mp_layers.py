@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.convolution import conv2d
+from custom_ops.conv2d import conv2d
 
 Resample = Literal["up", "down"]
 _EPS = 1e-4

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.pickles import NetworkRecord
+from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 from teachers._unets import DhariwalUNet, SongUNet
 
@@ -171,7 +171,7 @@ class Coefficients(NamedTuple):
 class EDMDenoiser(nn.Module):
     """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise) (EDM, Eq. 7).
 
-    A `core.protocols.Denoiser`. Random (dropout, of features and labels) in train mode only. F
+    A `core.roles.Denoiser`. Random (dropout, of features and labels) in train mode only. F
     computes in `compute_dtype`, all around it in float32.
     """
 

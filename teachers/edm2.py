@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.pickles import NetworkRecord
+from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 from teachers._mp_layers import (
     Kept,
@@ -147,7 +147,7 @@ class Config(BaseModel):
 class EDM2Denoiser(nn.Module):
     """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise), with EDM's coefficients.
 
-    A `core.protocols.Denoiser`. Train mode drops features and normalises the stored weights; eval
+    A `core.roles.Denoiser`. Train mode drops features and normalises the stored weights; eval
     mode, which serves for training too, does neither.
     """
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from core.pickles import NetworkRecord
+from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 
 
@@ -60,7 +60,7 @@ class Config(BaseModel):
 class GaussianMixture(nn.Module):
     """The denoiser of sum_k pi_k N(m_k, diag v_k), m = means and log v = 2 log_stds.
 
-    A `core.protocols.Denoiser`.
+    A `core.roles.Denoiser`.
     """
 
     def __init__(self, means: Tensor, stds: Tensor, *, config: Config) -> None:

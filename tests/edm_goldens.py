@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.pickles import NetworkRecord
+from pretrained.nvidia_pickle import NetworkRecord
 from teachers.edm import Config, EDMDenoiser, build, from_record
 
 FOLDER = Path(__file__).parent / "goldens"

@@ -14,7 +14,7 @@ from data.images import Images
 from eval.features import load
 from eval.measuring import Config
 from eval.reference import measure, save_npz
-from refinement import account
+from refinement import build_report
 
 
 @pytest.fixture
@@ -78,12 +78,12 @@ def test_what_happened_while_training_is_told() -> None:
     rows = [{"images_seen": 7000, "rollback": back}, {"images_seen": 9, "early_stop": known}]
     rows.append({"images_seen": 9, "best": {**known, "checkpoint": "000000008000.pt"}})
     rows.append({"images_seen": 9, "diverged": {"why": "score_loss is 900"}})
-    told = list(account.notes(rows))
+    told = list(build_report.notes(rows))
     assert "went back from 9,000 to 7,000 images (fid rose)" in told[0] and "0.25 times" in told[0]
     assert "ended early" in told[1] and "since 8,000 images" in told[1]
     assert "fid was 3.25 after 8,000 images, kept in `000000008000.pt`" in told[2]
     assert told[3] == "Training stopped because it diverged: score_loss is 900."
-    assert list(account.notes([{"images_seen": 3, "measured": {}}])) == []
+    assert list(build_report.notes([{"images_seen": 3, "measured": {}}])) == []
 
 
 def test_a_reference_that_is_not_there_is_named_before_an_extractor_is_fetched(
@@ -101,6 +101,6 @@ def test_a_reference_that_is_not_there_is_named_before_an_extractor_is_fetched(
 def test_updates_that_float16_lost_are_told() -> None:
     """Their share over all rows; nothing where none was left out."""
     rows = [{"images_seen": 1, "both_skipped": 0.5}, {"images_seen": 2, "both_skipped": 0.0}]
-    (told,) = account.notes(rows)
+    (told,) = build_report.notes(rows)
     assert told.startswith("25.0% of the updates were left out")
-    assert list(account.notes(rows[1:])) == []
+    assert list(build_report.notes(rows[1:])) == []

@@ -14,9 +14,10 @@ import pytest
 import torch
 from browser import Browser
 
-from eval import comparing, pages
 from eval.metrics import MetricResult
-from eval.report import (
+from eval.samples import Pairs
+from reports import compare, write
+from reports.data import (
     Curve,
     CurvePoint,
     Environment,
@@ -26,7 +27,6 @@ from eval.report import (
     Report,
     SampleScore,
 )
-from eval.samples import Pairs
 
 PROGRAM = browser.found()
 PHONE, DESK = 390, 1280
@@ -72,10 +72,10 @@ def addresses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     other = replace(REPORT, recipe={"name": "b", "training": {"seed": 1, "student_lr": 1e-3}})
     runs = [folder / "00000-mnist32", folder / "00001-mnist32"]
     for run, report in zip(runs, (REPORT, other), strict=True):
-        pages.write(run / "report", report, pairs)
+        write.write(run / "report", report, pairs)
     paths = [run / "report" / "report.json" for run in runs]
     page = folder / "comparison.html"
-    pages.write_comparison(page, comparing.compare([REPORT, other], paths, beside=page))
+    write.write_comparison(page, compare.compare([REPORT, other], paths, beside=page))
     return {
         "report": (runs[0] / "report" / "report.html").as_uri(),
         "comparison": page.as_uri(),

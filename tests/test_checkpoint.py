@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import Networks
+from core.roles import Networks
 from core.run_folder import RunFolder
 from generators import stylegan2
 from objectives import diff_instruct
 from teachers import edm
-from training import _seal, checkpoint
+from training import _checksum, checkpoint
 from training.checkpoint import Keep
-from training.loop import Config, Interrupted, train
 from training.state import TrainState, start
+from training.trainer import Config, Interrupted, train
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -257,7 +257,7 @@ def test_a_bit_that_flipped_is_found(whole: tuple[TrainState, RunFolder], tmp_pa
     content = newest(whole[1]).read_bytes()
     path, draw = tmp_path / "flipped.pt", random.Random(0)
     path.write_bytes(content)
-    assert _seal.damage(path) is None
+    assert _checksum.damage(path) is None
     bits = [draw.randrange(8 * len(content)) for _ in range(200)]
     unnoticed = []
     for bit in [*bits, *range(8 * (len(content) - 100), 8 * len(content))]:
@@ -265,7 +265,7 @@ def test_a_bit_that_flipped_is_found(whole: tuple[TrainState, RunFolder], tmp_pa
             file.seek(bit // 8)
             file.write(bytes([content[bit // 8] ^ 1 << bit % 8]))
             file.flush()
-            if _seal.damage(path) is None:
+            if _checksum.damage(path) is None:
                 unnoticed.append(bit)
             file.seek(bit // 8)
             file.write(content[bit // 8 : bit // 8 + 1])

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from core.errors import UserError
-from eval import comparing, pages
-from eval.__main__ import main
-from eval.comparing import Comparison
 from eval.metrics import MetricResult
-from eval.report import (
+from reports import compare, write
+from reports.__main__ import main
+from reports.compare import Comparison
+from reports.data import (
     Curve,
     CurvePoint,
     Environment,
@@ -77,29 +77,29 @@ def _runs(folder: Path, reports: Sequence[Report]) -> list[Path]:
     """Write each report as that of a run; return the runs' folders."""
     folders = [folder / f"{index:05d}-mnist32" for index in range(len(reports))]
     for path, report in zip(folders, reports, strict=True):
-        pages.write(path / "report", report)
+        write.write(path / "report", report)
     return folders
 
 
 def _compared(*reports: Report) -> Comparison:
     paths = [Path(f"runs/{index:05d}/report/report.json") for index in range(len(reports))]
-    return comparing.compare(reports, paths, beside=Path("comparison.html"))
+    return compare.compare(reports, paths, beside=Path("comparison.html"))
 
 
 def test_the_values_of_each_run_stand_under_their_metric() -> None:
     """Before, after, change and the teacher's; the best is marked, whichever way that is."""
     compared = _compared(FIRST, SECOND)
-    first, second = comparing.lines(compared, "fid")
+    first, second = compare.lines(compared, "fid")
     assert first.cells == ("24.1 ± 0.1", "15.2 ± 0.1", "-37 %", "7.00")
     assert second.cells[1:] == ("12.2 ± 0.1", "-49 %", "7.00")
     assert (first.is_best, second.is_best) == (False, True)
-    assert [line.is_best for line in comparing.lines(compared, "recall")] == [True, False]
+    assert [line.is_best for line in compare.lines(compared, "recall")] == [True, False]
 
 
 def test_a_metric_that_one_run_lacks_stays_empty() -> None:
     """And the other's is not the best of anything."""
     fid_alone = replace(SECOND, before={"fid": FIRST.before["fid"]})
-    first, second = comparing.lines(_compared(FIRST, fid_alone), "recall")
+    first, second = compare.lines(_compared(FIRST, fid_alone), "recall")
     assert second.cells == ("", "", "", "") and not first.is_best
 
 
@@ -133,16 +133,14 @@ def test_what_may_not_be_compared_is_said(change: dict[str, object], message: st
     """In a sentence that names the runs, and then no value is called the best."""
     compared = _compared(FIRST, replace(SECOND, **change))
     assert any(message in warning for warning in compared.warnings)
-    assert not any(line.is_best for line in comparing.lines(compared, "fid"))
+    assert not any(line.is_best for line in compare.lines(compared, "fid"))
     assert _compared(FIRST, SECOND).warnings == ()
 
 
 def test_the_page_shows_both_runs(tmp_path: Path) -> None:
     """Values, a curve for each run in one drawing, what differs; links that lead to the reports."""
     folders = _runs(tmp_path / "my runs", [FIRST, SECOND])
-    result = CliRunner().invoke(
-        main, ["report", *map(str, folders), "--out", str(tmp_path / "c.html")]
-    )
+    result = CliRunner().invoke(main, [*map(str, folders), "--out", str(tmp_path / "c.html")])
     assert result.exit_code == 0, result.output
     page = _Tags((tmp_path / "c.html").read_text())
     for said in ("15.2 ± 0.1", "12.2 ± 0.1", "training.seed", "FID of 5,000 images", "Recall"):
@@ -163,8 +161,8 @@ def test_the_page_needs_nobody_and_names_cannot_break_it(tmp_path: Path) -> None
     evil = "<script src='http://x'>alert(1)</script>"
     reports = [FIRST, replace(SECOND, recipe={evil: evil}, teacher=File(evil, None))]
     paths = [folder / "report" / "report.json" for folder in _runs(tmp_path, reports)]
-    pages.write_comparison(
-        tmp_path / "c.html", comparing.compare(reports, paths, beside=tmp_path / "c.html")
+    write.write_comparison(
+        tmp_path / "c.html", compare.compare(reports, paths, beside=tmp_path / "c.html")
     )
     page = _Tags((tmp_path / "c.html").read_text())
     assert page.of("script") == [{}] and evil in page.text
@@ -175,26 +173,26 @@ def test_one_run_is_told_in_the_terminal(tmp_path: Path) -> None:
     """Its table and warnings; a page of its own it has already."""
     (folder,) = _runs(tmp_path, [FIRST])
     for named in (folder, folder / "report", folder / "report" / "report.json"):
-        result = CliRunner().invoke(main, ["report", str(named)])
+        result = CliRunner().invoke(main, [str(named)])
         assert result.exit_code == 0 and "24.1 ± 0.1  15.2 ± 0.1   -37 %" in result.stdout
-    result = CliRunner().invoke(main, ["report", str(folder), "--out", str(tmp_path / "c.html")])
+    result = CliRunner().invoke(main, [str(folder), "--out", str(tmp_path / "c.html")])
     assert result.exit_code == 2 and "has a page already" in result.stderr
 
 
 def test_runs_are_told_apart_by_as_much_of_their_path_as_that_takes() -> None:
     """The same run twice is refused."""
     paths = [Path(f"/w/{place}/00000-x/report/report.json") for place in ("a", "b")]
-    compared = comparing.compare([FIRST, SECOND], paths, beside=Path("/w/c.html"))
+    compared = compare.compare([FIRST, SECOND], paths, beside=Path("/w/c.html"))
     assert [run.name for run in compared.runs] == ["a/00000-x", "b/00000-x"]
     with pytest.raises(UserError, match="00000-x is given twice"):
-        comparing.compare([FIRST, FIRST], [paths[0]] * 2, beside=Path("/w/c.html"))
+        compare.compare([FIRST, FIRST], [paths[0]] * 2, beside=Path("/w/c.html"))
 
 
 def test_a_run_without_a_report_is_named(tmp_path: Path) -> None:
     """A folder that is none, and one whose run has not ended."""
-    result = CliRunner().invoke(main, ["report", str(tmp_path / "no")])
+    result = CliRunner().invoke(main, [str(tmp_path / "no")])
     assert result.exit_code == 2 and "there is no" in result.stderr
-    result = CliRunner().invoke(main, ["report", str(tmp_path)])
+    result = CliRunner().invoke(main, [str(tmp_path)])
     assert result.exit_code == 2 and "the run has no report yet" in result.stderr
 
 

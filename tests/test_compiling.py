@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from core import compiling
-from core.compiling import Mode, compiled
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import LossOutput, Networks, Phase
 from core.randomness import Draws
+from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
 from generators import stylegan2
 from objectives import diff_instruct
 from objectives._dropout import dropping
 from teachers import edm
-from training import checkpoint
-from training.loop import train
-from training.settings import Config
+from training import checkpoint, compilation
+from training.compilation import Mode, compiled
+from training.config import Config
 from training.state import TrainState, start
+from training.trainer import train
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 CPU = ALONE.device
@@ -234,7 +233,7 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -
     def broken(*_: object, **__: object) -> object:
         raise RuntimeError("no g++ found\nand much more")
 
-    monkeypatch.setattr(compiling.torch, "compile", broken)
+    monkeypatch.setattr(compilation.torch, "compile", broken)
     trio = Networks(Layers(), Layers(), Layers())
     with (
         pytest.raises(UserError, match=r"\(RuntimeError: no g\+\+ found\): a C\+\+ compiler"),

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import teachers
 from core.errors import UserError
-from core.protocols import Networks
 from core.randomness import Draws
+from core.roles import Networks
 from core.run_folder import RunFolder
 from objectives import _augment, denoising
 from objectives._dropout import dropping

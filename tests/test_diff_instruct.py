@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from core.distributed import World
-from core.protocols import LossOutput, Networks
 from core.randomness import Draws
+from core.roles import LossOutput, Networks
 from core.run_folder import RunFolder
 from objectives._noise import LogNormal, add_noise, column, edm_weight
 from objectives.diff_instruct import (
@@ -30,8 +30,8 @@ from objectives.diff_instruct import (
     student_loss,
 )
 from teachers import edm, gaussian
-from training import loop
 from training import state as training_state
+from training import trainer
 
 CPU = torch.device("cpu")
 SHAPE = (1, 2, 2)
@@ -397,7 +397,7 @@ def test_a_gaussian_student_becomes_its_teacher(tmp_path: Path, shared_batch: bo
         AffineDenoiser(TEACHER_MEAN, factor),
         AffineDenoiser(TEACHER_MEAN, factor),
     )
-    config = loop.Config(
+    config = trainer.Config(
         duration_kimg=90,
         batch_size=128,
         student_lr=5e-3,
@@ -413,7 +413,7 @@ def test_a_gaussian_student_becomes_its_teacher(tmp_path: Path, shared_batch: bo
     settings = Config(weighting="edm", head_start_kimg=5, shared_batch=shared_batch)
     objective = build(settings)
     folder = RunFolder.create(tmp_path, "gaussian")
-    loop.train(state, objective, config, folder=folder, world=World(0, 1, 0, CPU))
+    trainer.train(state, objective, config, folder=folder, world=World(0, 1, 0, CPU))
     ema, covariance = state.student_ema, factor @ factor.t()
     began = torch.diag(STUDENT_STD.square())
     assert (STUDENT_MEAN - TEACHER_MEAN).abs().max() > 0.3

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from core import distributed
 from core.distributed import World
-from core.protocols import LossOutput, Networks, Phase
 from core.randomness import Draws
+from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
 from training import checkpoint
-from training.loop import Config, train
 from training.state import TrainState, start
+from training.trainer import Config, train
 
 BATCH, ROUNDS, HALF = 10, 20, 10
 """Ten images are shared by four ranks as 2, 3, 2, 3."""
@@ -140,7 +140,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, dict], Pa
     folder = tmp_path_factory.mktemp("ranks")
     found = {1: _all(folder / "1", ALONE)}
     for size in RANKS[1:]:
-        run_as_ranks(_rank, folder, size=size, preload=["training.loop"])
+        run_as_ranks(_rank, folder, size=size, preload=["training.trainer"])
         found[size] = torch.load(folder / f"{size}.pt", weights_only=True)
     return found, folder
 

@@ -14,7 +14,7 @@ import pytest
 from refine_command import ROOT, tiny_recipe
 
 from core.run_folder import RunFolder
-from refinement.restarts import begun_run, note_job
+from refinement.job_restart import begun_run, note_job
 
 BROKEN = """
 import os, runpy, signal, sys

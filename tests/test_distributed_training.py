@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from core import distributed
 from core.distributed import World
-from core.protocols import LossOutput, Networks, Phase
 from core.randomness import Draws
+from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
 from generators import stylegan2
 from objectives import diff_instruct
 from objectives.diff_instruct import make
 from teachers import edm, gaussian
 from training import checkpoint
-from training.loop import Config, Diverged, Interrupted, train
 from training.state import TrainState, start
+from training.trainer import Config, Diverged, Interrupted, train
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 CLASSES = 3

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import LossOutput, Networks, Phase
 from core.randomness import Draws
+from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
 from training import checkpoint
 from training.divergence import Diverged, DivergenceConfig, Watch
-from training.loop import Config, Interrupted, train
 from training.state import TrainState, start
+from training.trainer import Config, Interrupted, train
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH = 10

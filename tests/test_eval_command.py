@@ -16,12 +16,12 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from core import networks
-from eval import features, reference, samples
+from eval import edm_sampler, features, reference, samples
 from eval.__main__ import main
 from eval.metrics import FeatureStatistics, frechet_distance
 from generators import stylegan2
-from teachers import edm, sampling
+from pretrained import networks
+from teachers import edm
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(img_resolution=8, img_channels=1, z_dim=8, w_dim=8, channel_base=64, channel_max=8)
@@ -133,7 +133,7 @@ def test_a_teacher_is_sampled_as_asked(teacher: Path, real: Path) -> None:
     network = networks.load("teachers", teacher, records=())
     images = samples.images_of_seeds(
         network,
-        lambda net, latents, labels, noise: sampling.heun(net, latents, labels, steps=2),
+        lambda net, latents, labels, noise: edm_sampler.heun(net, latents, labels, steps=2),
         device="cpu",
     )(range(40))
     pixels = features.load("pixels")

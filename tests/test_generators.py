@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 import generators
 import teachers
-from core import networks
 from core.errors import UserError
-from core.pickles import NetworkRecord
 from generators import _layers, stylegan2
 from generators.stylegan2 import Config, StyleGAN2
+from pretrained import networks
+from pretrained.nvidia_pickle import NetworkRecord
 
 ARCHITECTURES = ("skip", "resnet", "orig")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from core.pickles import NetworkRecord
 from custom_ops.bias_act import bias_act
 from custom_ops.upfirdn2d import upfirdn2d
 from generators import stylegan2, stylegan3
+from pretrained.nvidia_pickle import NetworkRecord
 
 GOLDENS = Path(__file__).parent / "goldens"
 STUDENTS = ["stylegan2-uncond-32", "stylegan2-cond10-16", "stylegan3-t-32", "stylegan3-r-32"]

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.distributed import World
-from core.protocols import Networks
+from core.roles import Networks
 from generators import one_step_edm, stylegan2, stylegan3
 from objectives import diff_instruct
 from teachers import edm, edm2, gaussian
-from training import rounds
-from training.rounds import play_round
-from training.settings import Config
+from training import step
+from training.config import Config
 from training.state import start
+from training.step import play_round
 
 WAITING = {
     f"aten.{name}.default"
@@ -193,13 +193,13 @@ def test_each_way_to_wait_is_seen(
     read: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of them in the moving average adds itself to the list."""
-    follow = rounds.follow
+    follow = step.follow
 
     def following(average: nn.Module, network: nn.Module, *, decay: float) -> None:
         follow(average, network, decay=decay)
         read(torch.ones(2))
 
-    monkeypatch.setattr(rounds, "follow", following)
+    monkeypatch.setattr(step, "follow", following)
     play = rounds_of(CASES["one-step EDM"], torch.device("cpu"))
     with Waits() as waits:
         play()

@@ -11,7 +11,7 @@ from refine_command import call, contents, tiny_recipe
 from core import config
 from core.errors import UserError
 from core.run_folder import RunFolder
-from refinement import listing
+from refinement import runs_table
 from refinement.recipe import read_recipe
 
 
@@ -31,7 +31,7 @@ def run(outdir: Path, *rows: dict[str, object], saved: int = 0, report: bool = F
 
 def line_of(folder: RunFolder) -> str:
     """Return what the table says of a run, its columns parted by |."""
-    _, *lines = listing.table(folder.path.parent).splitlines()
+    _, *lines = runs_table.table(folder.path.parent).splitlines()
     (line,) = (line for line in lines if line.startswith(folder.path.name))
     return " | ".join(part.strip() for part in line.split("  ") if part.strip())
 
@@ -118,11 +118,11 @@ def test_an_unreadable_run_is_named_with_the_reason(
     assert line_of(broken).startswith("00000-tiny | unreadable | ")
     assert reason in line_of(broken)
     assert "stopped at 0 of 80" in line_of(whole)
-    assert len(listing.table(tmp_path).splitlines()[2]) < 100
+    assert len(runs_table.table(tmp_path).splitlines()[2]) < 100
 
 
 def test_where_there_are_no_runs_it_says_so(tmp_path: Path) -> None:
     """An empty folder is no error; a folder that is not there is."""
-    assert listing.table(tmp_path) == f"{tmp_path}: no runs"
+    assert runs_table.table(tmp_path) == f"{tmp_path}: no runs"
     with pytest.raises(UserError, match="no such folder"):
-        listing.table(tmp_path / "nowhere")
+        runs_table.table(tmp_path / "nowhere")

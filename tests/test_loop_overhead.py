@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from benchmarks import loop_overhead, step
 from core.randomness import Draws
-from training import loop, rounds
+from training import step as training_step
+from training import trainer
 
 TINY = {"img_channels": 3, "img_resolution": 8, "model_type": "SongUNet", "augment_dim": 9}
 TINY |= {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1}
@@ -28,9 +29,9 @@ def sleeping(function):
 @pytest.mark.parametrize(
     ("owner", "name", "part", "calls"),
     [
-        (rounds, "follow", "moving average", 1),
-        (rounds, "_checked_norms", "gradient norms and check", 2),
-        (loop, "any_rank", "other", 1),
+        (training_step, "follow", "moving average", 1),
+        (training_step, "_checked_norms", "gradient norms and check", 2),
+        (trainer, "any_rank", "other", 1),
         (Draws, "normal", "draws", 6),
         (torch.optim.Adam, "step", "optimizer", 2),
     ],

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from core.distributed import World
-from core.protocols import LossOutput, Networks, Phase
 from core.randomness import Draws
+from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
 from training import checkpoint
+from training.config import Config
 from training.divergence import Diverged
-from training.loop import train
 from training.loss_scale import LossScale
-from training.rounds import update
-from training.settings import Config
 from training.state import TrainState, start
+from training.step import update
+from training.trainer import train
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 HALF_MAX = 65504.0

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import generators
-from core import networks
 from core.errors import UserError
 from generators import one_step_edm
+from pretrained import networks
 from teachers import edm, gaussian
 
 LATENTS = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""core.pickle_writing: a user's pickle comes back with other values, and nothing else is other."""
+"""pretrained.patch_pickle: only the values of the tensors change in a copied pickle."""
 
 import errno
 import io
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import generators
 import generators.__main__ as command
-from core import networks, pickles
 from core.errors import UserError
-from core.pickle_writing import write_refined
+from pretrained import networks, nvidia_pickle
+from pretrained.patch_pickle import write_refined
 
 Write = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -45,7 +45,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def state(path: Path, record: str = "G_ema") -> dict[str, Tensor]:
-    return pickles.networks(path)[record].tensors
+    return nvidia_pickle.networks(path)[record].tensors
 
 
 def shifted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

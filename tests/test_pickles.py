@@ -1,4 +1,4 @@
-"""core.pickles: published networks are read as data, and everything else is refused by name."""
+"""pretrained.nvidia_pickle: published networks are read as data; all else is refused by name."""
 
 import collections
 import copyreg
@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from core import pickles
 from core.errors import UserError
+from pretrained import nvidia_pickle
 
 # Writing pickles in the published form ----------------------------------------------------------
 
@@ -132,7 +132,7 @@ def write(tmp_path):
 def test_tensors_are_the_state_dict(write, protocol):
     """Names, their order, values and dtypes are those of state_dict(), in every binary protocol."""
     network = generator()
-    record = pickles.networks(write(dump({"G_ema": network}, protocol)))["G_ema"]
+    record = nvidia_pickle.networks(write(dump({"G_ema": network}, protocol)))["G_ema"]
     expected = network.state_dict()
     assert list(record.tensors) == list(expected)
     for name, tensor in record.tensors.items():
@@ -142,7 +142,7 @@ def test_tensors_are_the_state_dict(write, protocol):
 
 def test_tensors_are_contiguous_and_carry_no_graph(write):
     """Transposed, channels-last and sliced tensors come back contiguous, sharing no storage."""
-    record = pickles.networks(write(dump({"G_ema": generator()})))["G_ema"]
+    record = nvidia_pickle.networks(write(dump({"G_ema": generator()})))["G_ema"]
     for tensor in record.tensors.values():
         assert tensor.is_contiguous() and not tensor.requires_grad
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
@@ -150,7 +150,7 @@ def test_tensors_are_contiguous_and_carry_no_graph(write):
 
 def test_constructor_arguments_are_plain_data(write):
     """Positional and named constructor arguments are kept, EasyDict as dict."""
-    record = pickles.networks(write(dump({"G_ema": generator()})))["G_ema"]
+    record = nvidia_pickle.networks(write(dump({"G_ema": generator()})))["G_ema"]
     assert (record.class_name, record.positional) == ("Generator", (8,))
     assert record.arguments == {"c_dim": 3, "mapping_kwargs": {"num_layers": 2}}
     assert type(record.arguments["mapping_kwargs"]) is dict
@@ -159,7 +159,7 @@ def test_constructor_arguments_are_plain_data(write):
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_attributes_are_plain_numbers(write, protocol):
     """NumPy scalars become Python numbers, NumPy arrays keep values and dtype."""
-    attributes = pickles.networks(write(dump({"ema": Layer(4)}, protocol)))["ema"].attributes
+    attributes = nvidia_pickle.networks(write(dump({"ema": Layer(4)}, protocol)))["ema"].attributes
     assert type(attributes["weight_gain"]) is float and attributes["weight_gain"] == 0.5
     assert attributes["size"].tolist() == [16, 16] and attributes["size"].dtype == np.int64
 
@@ -169,7 +169,7 @@ def test_both_numpy_names_are_read(write):
     new = dump({"ema": Layer(4)}, protocol=3)
     assert b"cnumpy._core.multiarray\n" in new
     old = new.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-    attributes = pickles.networks(write(old))["ema"].attributes
+    attributes = nvidia_pickle.networks(write(old))["ema"].attributes
     assert attributes["weight_gain"] == 0.5 and attributes["size"].tolist() == [16, 16]
 
 
@@ -177,10 +177,10 @@ def test_read_gives_everything_and_networks_only_networks(write):
     """Losses are records without tensors; options are plain; networks() leaves both out."""
     content = {"loss_fn": Loss(), "dataset_kwargs": {"path": "x"}, "ema": generator()}
     path = write(dump(content))
-    top = pickles.read(path).top
+    top = nvidia_pickle.read(path).top
     assert top["loss_fn"].attributes == {"P_mean": -1.2}
     assert top["dataset_kwargs"] == {"path": "x"}
-    assert list(pickles.networks(path)) == ["ema"]
+    assert list(nvidia_pickle.networks(path)) == ["ema"]
 
 
 def test_embedded_source_never_runs(write, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_embedded_source_never_runs(write, tmp_path, monkeypatch):
     trace = tmp_path / "trace"
     source = f"open({str(trace)!r}, 'w').close()\nclass Generator: pass\n"
     monkeypatch.setattr(Persistent, "source", source)
-    record = pickles.networks(write(dump({"G_ema": generator()})))["G_ema"]
+    record = nvidia_pickle.networks(write(dump({"G_ema": generator()})))["G_ema"]
     assert record.module_source == source and not trace.exists()
     exec(record.module_source, {})
     assert trace.exists(), "the trap itself must work"
@@ -289,7 +289,7 @@ def test_hostile_pickles_are_refused_by_name(write, tmp_path, name):
     content, offender = hostile(str(trace))[name]
     path = write(content)
     with pytest.raises(UserError) as refusal:
-        pickles.read(path)
+        nvidia_pickle.read(path)
     assert str(path) in str(refusal.value) and offender in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not trace.exists()
@@ -308,15 +308,15 @@ def test_registered_extensions_are_refused(write, monkeypatch):
     monkeypatch.setitem(copyreg._inverted_registry, 240, ("os", "system"))
     monkeypatch.setitem(copyreg._extension_cache, 240, os.system)
     with pytest.raises(UserError, match="extension code 240"):
-        pickles.read(write(b"\x80\x02\x82\xf0."))
+        nvidia_pickle.read(write(b"\x80\x02\x82\xf0."))
 
 
 def test_stand_ins_keep_nothing_between_files(write):
     """A state set on the class of a published container does not reach the next file."""
     poisoned = b"\x80\x02ctorch.nn.modules.container\nModuleDict\n}X\1\0\0\0aK\1sb."
     with pytest.raises(UserError, match="ModuleDict"):
-        pickles.read(write(poisoned))
-    assert pickles.networks(write(dump({"G_ema": generator()})))["G_ema"].tensors
+        nvidia_pickle.read(write(poisoned))
+    assert nvidia_pickle.networks(write(dump({"G_ema": generator()})))["G_ema"].tensors
 
 
 # Damage and bombs -------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_truncated_files_are_named_as_such(write, part):
     content = dump({"G_ema": generator()})
     path = write(content[: min(int(part * len(content)), len(content) - 1)])
     with pytest.raises(UserError, match="truncated or damaged"):
-        pickles.read(path)
+        nvidia_pickle.read(path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -341,14 +341,14 @@ def test_random_damage_never_escapes(write):
         for position in random.integers(0, len(content), 4):
             damaged[position] = random.integers(256)
         with suppress(UserError):
-            pickles.networks(write(bytes(damaged)))
+            nvidia_pickle.networks(write(bytes(damaged)))
 
 
 @pytest.mark.parametrize("opcode", [b"\x8e", b"\x8d", b"\x96", b"\x95"])
 def test_claimed_lengths_allocate_nothing(write, opcode):
     """A few bytes that claim to be an exabyte are called damaged, not allocated."""
     with pytest.raises(UserError, match="truncated or damaged"):
-        pickles.read(write(b"\x80\x04" + opcode + struct.pack("<Q", 1 << 60) + b"abc."))
+        nvidia_pickle.read(write(b"\x80\x04" + opcode + struct.pack("<Q", 1 << 60) + b"abc."))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_tensors_stay_inside_their_storage(write, size, stride, complaint):
     storage = torch.zeros(6).storage()
     content = calling(torch._utils._rebuild_tensor_v2, storage, 0, size, stride, False, {})
     with pytest.raises(UserError, match=complaint):
-        pickles.read(write(content))
+        nvidia_pickle.read(write(content))
 
 
 def test_modules_nested_to_explode_are_refused(write):
@@ -376,7 +376,7 @@ def test_modules_nested_to_explode_are_refused(write):
         }
         module = parent
     with pytest.raises(UserError, match="more tensor names"):
-        pickles.read(write(dump({"G_ema": module})))
+        nvidia_pickle.read(write(dump({"G_ema": module})))
 
 
 @pytest.mark.parametrize(
@@ -385,10 +385,10 @@ def test_modules_nested_to_explode_are_refused(write):
 def test_other_pickles_are_told_apart(write, content, found):
     """A harmless pickle of something else is called that, with what it holds."""
     with pytest.raises(UserError, match=f"not of networks by name.*found {found}"):
-        pickles.read(write(dump(content)))
+        nvidia_pickle.read(write(dump(content)))
 
 
 def test_missing_files_are_named(tmp_path):
     """A path without a file gives its name and the reason."""
     with pytest.raises(UserError, match=r"gone\.pkl cannot be read: No such file"):
-        pickles.read(tmp_path / "gone.pkl")
+        nvidia_pickle.read(tmp_path / "gone.pkl")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import generators
 from core.distributed import World
 from core.precision import DTYPES, Precision, computing_in
-from core.protocols import Networks
+from core.roles import Networks
 from core.run_folder import RunFolder
 from custom_ops import backend
 from custom_ops.bias_act import bias_act
@@ -27,8 +27,8 @@ from custom_ops.upfirdn2d import upfirdn2d
 from generators import one_step_edm, stylegan2, stylegan3
 from objectives import diff_instruct
 from teachers import edm, edm2
-from training import loop
 from training import state as training_state
+from training import trainer
 
 EMBEDDED = "assets/mnist32/student.safetensors"
 SMALL = {"img_resolution": 8, "img_channels": 3, "label_dim": 4}
@@ -334,7 +334,7 @@ def _trained(precision: str, path: Path) -> tuple[nn.Module, set[torch.dtype]]:
     """Return a distilled student and the precisions that a measurement met."""
     teacher = denoiser("ddpmpp")
     networks = Networks(one_step(teacher), copy.deepcopy(teacher), teacher)
-    config = loop.Config.model_validate(
+    config = trainer.Config.model_validate(
         {"duration_kimg": 0.016, "batch_size": 4, "student_lr": 1e-3, "precision": precision}
         | {"optimizer": {"name": "SGD"}, "ema_halflife_kimg": 0}
     )
@@ -347,7 +347,7 @@ def _trained(precision: str, path: Path) -> tuple[nn.Module, set[torch.dtype]]:
         met.update({now.student_ema.denoiser.compute_dtype, now.networks.teacher.compute_dtype})
         return {}
 
-    loop.train(
+    trainer.train(
         state,
         diff_instruct.build(diff_instruct.Config()),
         config,

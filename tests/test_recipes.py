@@ -14,10 +14,10 @@ import refine
 from core import config
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import Networks
-from refinement.parts import Parts, load_parts
+from core.roles import Networks
+from refinement.components import Parts, load_parts
 from refinement.recipe import Recipe, read_recipe
-from training import rounds, state
+from training import state, step
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -93,7 +93,7 @@ def test_the_unconditional_cifar10_recipe_trains_networks_of_the_published_shape
         optimizer=recipe.training.optimizer,
     )
     for phase in parts.objective.phases:
-        readings = rounds.update(phase, 0, began, recipe.training, trained=networks, world=ALONE)
+        readings = step.update(phase, 0, began, recipe.training, trained=networks, world=ALONE)
         assert all(value.isfinite() for value in readings.values())
         assert readings[f"{phase.name}_gradient"] > 0
 

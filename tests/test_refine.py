@@ -18,10 +18,11 @@ from refine_command import Outcome, call, contents, tiny_recipe
 import generators
 from core.distributed import World
 from core.run_folder import RunFolder
-from eval import pictures, samples
+from eval import samples
 from eval.suite import Suite
-from refinement.parts import load_parts, with_teacher_samples
+from refinement.components import load_parts, with_teacher_samples
 from refinement.recipe import read_recipe
+from reports import figures
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -137,7 +138,7 @@ def test_the_refined_weights_make_the_images_of_the_picture(finished: Finished) 
     before, after = map(parts.images_of, (parts.student, generators.load(finished.folder.student)))
     seeds = samples.pair_seeds(parts.student, recipe.evaluation.pairs)
     pairs = samples.pairs(before, after, seeds, labels=None)
-    again = Image.open(io.BytesIO(pictures.pairs_picture(pairs)))
+    again = Image.open(io.BytesIO(figures.pairs_picture(pairs)))
     kept = Image.open(finished.folder.report / "report.png")
     assert not torch.equal(pairs.before, pairs.after)
     assert again.tobytes() == kept.tobytes()

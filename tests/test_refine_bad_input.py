@@ -11,8 +11,8 @@ from PIL import Image
 from refine_command import call, contents, tiny_recipe
 
 import generators
-from core import networks
 from generators import stylegan2
+from pretrained import networks
 
 
 @pytest.fixture(autouse=True)

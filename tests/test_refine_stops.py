@@ -23,12 +23,12 @@ import generators
 from core.run_folder import RunFolder
 from eval import features
 from eval.suite import Suite
-from refinement import stopping
+from refinement import signals
 from training import checkpoint
 
 SIGNALLED = """
 import os, sys, time, refine
-from training.status import Status
+from training.progress import Status
 number, row = int(sys.argv.pop(1)), Status.row
 def row_with_a_signal(self, images_seen):
     means = row(self, images_seen)
@@ -66,7 +66,7 @@ refine.main(sys.argv[1:], prog_name="refine.py")
 
 TIMED = """
 import runpy, sys, time
-from training.status import Status
+from training.progress import Status
 file, row = sys.argv.pop(1), Status.row
 def row_with_its_time(self, images_seen):
     means = row(self, images_seen)
@@ -230,9 +230,9 @@ def test_a_scheduler_that_stops_a_resumed_run_while_it_loads_is_told_to_resume(
 def test_only_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM after SIGUSR1 is the same request, at any time; Ctrl-C a second later is not."""
     now = iter([0.0, 100.0, 100.5, 102.0])
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(now))
     before = signal.getsignal(signal.SIGTERM)
-    with stopping.stop_signal() as asked:
+    with signals.stop_signal() as asked:
         assert not asked()
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from eval import pages, wording
-from eval import report as reports
 from eval.likeness import Drift, Near, Nearness
 from eval.metrics import MetricResult
-from eval.report import (
+from eval.samples import Neighbours, Pairs
+from reports import data as reports
+from reports import text, write
+from reports.data import (
     Curve,
     CurvePoint,
     Environment,
@@ -29,7 +30,6 @@ from eval.report import (
     Report,
     SampleScore,
 )
-from eval.samples import Neighbours, Pairs
 
 REPORT = Report(
     name="gan-mnist32",
@@ -65,17 +65,17 @@ def _pairs(count: int, labels: tuple[int, ...] | None, size: int = 8) -> Pairs:
 
 def test_the_teacher_s_own_samples_have_their_column() -> None:
     """Summary, page and table of facts say what they are worth, and a weak teacher is named."""
-    assert wording.columns(REPORT)[-1] == "teacher"
-    assert wording.rows(REPORT)[0].teacher == "7.00"
+    assert text.columns(REPORT)[-1] == "teacher"
+    assert text.rows(REPORT)[0].teacher == "7.00"
     said = "| teacher's own samples | FID 7.00 of 10,000 images |"
-    assert said in pages.markdown(REPORT, pictures=[])
-    assert not any("little to learn" in warning for warning in wording.warnings(REPORT))
+    assert said in write.markdown(REPORT, pictures=[])
+    assert not any("little to learn" in warning for warning in text.warnings(REPORT))
     weak = replace(REPORT, teacher_samples=SampleScore({"fid": 24.5}, 1000))
-    (warning,) = [line for line in wording.warnings(weak) if "little to learn" in line]
+    (warning,) = [line for line in text.warnings(weak) if "little to learn" in line]
     assert "FID 24.5" in warning
     unknown = replace(REPORT, teacher_samples=None)
-    assert "| teacher's own samples | not measured |" in pages.markdown(unknown, pictures=[])
-    assert "teacher" not in wording.summary(unknown)
+    assert "| teacher's own samples | not measured |" in write.markdown(unknown, pictures=[])
+    assert "teacher" not in text.summary(unknown)
 
 
 MANY = replace(
@@ -89,31 +89,31 @@ MANY = replace(
 
 def test_a_metric_is_shown_in_its_unit_and_says_which_way_is_better() -> None:
     """KID is shown in thousandths, shares in per cent; arrows point where better is."""
-    _, recall, kid = wording.rows(MANY)
+    _, recall, kid = text.rows(MANY)
     assert recall[:4] == ("Recall, % ↑", "40.5 ± 0.7", "30.5 ± 0.7", "-25 %")
     assert kid[:3] == ("KID, 10⁻³ ↓", "2.50 ± 0.71", "1.00 ± 0.00")
 
 
 def test_a_recall_that_fell_while_the_distance_improved_is_named() -> None:
     """Mode loss: better images of fewer kinds."""
-    assert any("mode loss" in warning for warning in wording.warnings(MANY))
+    assert any("mode loss" in warning for warning in text.warnings(MANY))
     worse = replace(MANY, after=MANY.after | {"fid": MetricResult.of([30.0, 30.1])})
-    assert not any("mode loss" in warning for warning in wording.warnings(worse))
+    assert not any("mode loss" in warning for warning in text.warnings(worse))
 
 
 def test_what_stayed_and_what_was_copied_is_said() -> None:
     """How far images moved, how many still know their latent, how near they come to real ones."""
-    remarks = wording.remarks(REPORT)
+    remarks = text.remarks(REPORT)
     assert "moved by 25 % of the distance between two latents' images" in remarks["What stayed"]
     assert "98 % of the images after" in remarks["What stayed"]
     assert "2.0 % are as near to a real image" in remarks["Copies"]
     assert "within 1.20 times the median distance" in remarks["Copies"]
-    assert wording.remarks(replace(REPORT, drift=None, nearness=None)) == {}
+    assert text.remarks(replace(REPORT, drift=None, nearness=None)) == {}
 
 
 def test_json_has_every_field(tmp_path: Path) -> None:
     """report.json gives each metric as mean, std and values, and says what was measured on what."""
-    pages.write(tmp_path / "report", REPORT)
+    write.write(tmp_path / "report", REPORT)
     document = json.loads((tmp_path / "report" / "report.json").read_text())
     assert document["schema_version"] == 2
     assert document["before"]["fid"]["values"] == [24.2, 24.1, 23.8]
@@ -133,7 +133,7 @@ def test_json_has_every_field(tmp_path: Path) -> None:
 
 def test_a_report_is_read_back(tmp_path: Path) -> None:
     """What report.json holds is the whole report."""
-    pages.write(tmp_path, REPORT)
+    write.write(tmp_path, REPORT)
     assert reports.read(tmp_path / "report.json") == REPORT
 
 
@@ -147,28 +147,28 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_the_speed_is_of_the_images_that_were_timed() -> None:
     """A process that was killed leaves no times, but images."""
-    known = wording.facts(replace(REPORT, timed_images=40_000))["images seen in training"]
+    known = text.facts(replace(REPORT, timed_images=40_000))["images seen in training"]
     assert known == "200,000, 100 images per second of training"
-    assert "500 images per second" in wording.facts(REPORT)["images seen in training"]
+    assert "500 images per second" in text.facts(REPORT)["images seen in training"]
 
 
 def test_headline_is_the_result_in_a_line() -> None:
     """The headline has before, after and the change in percent."""
-    assert wording.headline(REPORT) == "FID (mnist32 features) 24.0 ± 0.2 → 15.3 ± 0.1 (-36 %)"
+    assert text.headline(REPORT) == "FID (mnist32 features) 24.0 ± 0.2 → 15.3 ± 0.1 (-36 %)"
     inception = replace(REPORT, extractor=ExtractorName("inception", "b" * 64))
-    assert wording.headline(inception).startswith("FID 24.0")
+    assert text.headline(inception).startswith("FID 24.0")
 
 
 def test_markdown_names_the_extractor_and_warns() -> None:
     """A reader of digit-network distances is told that they are not Inception's."""
-    text = pages.markdown(REPORT, pictures=["report.png"])
+    text = write.markdown(REPORT, pictures=["report.png"])
     assert "features of `mnist32`, not of inception: not comparable" in text
     assert "![Pairs" in text and "(report.png)" in text and "curve.png" not in text
 
 
 def test_inception_needs_no_such_warning() -> None:
     """A clean report of Inception FIDs of enough images has no warning."""
-    assert wording.warnings(replace(REPORT, extractor=ExtractorName("inception", "b" * 64))) == []
+    assert text.warnings(replace(REPORT, extractor=ExtractorName("inception", "b" * 64))) == []
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def test_inception_needs_no_such_warning() -> None:
 )
 def test_warnings_say_what_a_reader_must_know(change: dict[str, object], message: str) -> None:
     """A change within the spread, one seed, few images, a dirty checkout: a sentence each."""
-    assert any(message in warning for warning in wording.warnings(replace(REPORT, **change)))
-    assert not any(message in warning for warning in wording.warnings(REPORT))
+    assert any(message in warning for warning in text.warnings(replace(REPORT, **change)))
+    assert not any(message in warning for warning in text.warnings(REPORT))
 
 
 def test_summary_is_a_small_table() -> None:
     """The terminal gets a line a metric below a heading, columns aligned, and the warnings."""
-    lines = wording.summary(REPORT).splitlines()
+    lines = text.summary(REPORT).splitlines()
     assert lines[0].split() == ["mnist32", "features", "before", "after", "change", "teacher"]
     assert lines[1].endswith("24.0 ± 0.2  15.3 ± 0.1   -36 %     7.00")
     assert len(lines[0]) == len(lines[1])
@@ -203,7 +203,7 @@ def test_summary_is_a_small_table() -> None:
 
 def test_pictures_are_written_beside_the_text(tmp_path: Path) -> None:
     """A report with pairs and a curve has both pictures, and nothing half-written beside."""
-    path = pages.write(tmp_path / "report", REPORT, _pairs(4, (0, 1, 0, 1)))
+    path = write.write(tmp_path / "report", REPORT, _pairs(4, (0, 1, 0, 1)))
     names = {file.name for file in path.parent.iterdir()}
     assert names == {"report.json", "report.md", "report.html", "report.png", "curve.png"}
     assert path.name == "report.html"
@@ -218,7 +218,7 @@ def test_every_pair_is_in_the_picture(
     tmp_path: Path, count: int, labels: tuple[int, ...] | None, rows: int, columns: int
 ) -> None:
     """Each black before-image is there in full, in a column for each class or 8 of them."""
-    pages.write(tmp_path, REPORT, _pairs(count, labels))
+    write.write(tmp_path, REPORT, _pairs(count, labels))
     picture = Image.open(tmp_path / "report.png").convert("L")
     black = int((np.asarray(picture) == 0).sum())
     assert count * 72 * 72 <= black < count * 72 * 72 + 300
@@ -228,9 +228,9 @@ def test_every_pair_is_in_the_picture(
 
 def test_the_curve_has_its_size(tmp_path: Path) -> None:
     """curve.png is 860 x 470; a single point makes no curve."""
-    pages.write(tmp_path / "two", REPORT)
+    write.write(tmp_path / "two", REPORT)
     assert Image.open(tmp_path / "two" / "curve.png").size == (860, 470)
-    pages.write(tmp_path / "one", replace(REPORT, curve=Curve("fid", (CurvePoint(0, 24.5),))))
+    write.write(tmp_path / "one", replace(REPORT, curve=Curve("fid", (CurvePoint(0, 24.5),))))
     assert not (tmp_path / "one" / "curve.png").exists()
 
 
@@ -268,7 +268,7 @@ class _Tags(HTMLParser):
 
 
 def _page(folder: Path, report: Report = REPORT, pairs: Pairs | None = None) -> str:
-    return pages.write(folder, report, pairs).read_text()
+    return write.write(folder, report, pairs).read_text()
 
 
 def test_the_page_needs_nobody(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
 def test_the_page_shows_what_comes_nearest_to_real_images(tmp_path: Path) -> None:
     """Each generated image beside its real one, with its seed."""
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    text = pages.write(tmp_path, REPORT, None, Neighbours((7, 3), images, images + 9)).read_text()
+    text = write.write(tmp_path, REPORT, None, Neighbours((7, 3), images, images + 9)).read_text()
     assert [image["alt"] for image in _Tags(text).of("img")] == ["generated", "real"] * 2
     assert "<figcaption>seed 7</figcaption>" in text
 
@@ -319,7 +319,7 @@ def test_a_curve_that_never_rises_is_drawn(tmp_path: Path, value: float) -> None
 def test_what_stayed_is_said_of_a_student_whose_images_were_all_alike() -> None:
     """Latents' images that are no distance apart are no reason to fail."""
     alike = replace(REPORT, drift=Drift(1000, moved=1.5, apart=0.0, recognised=0.0))
-    assert "were alike before" in wording.remarks(alike)["What stayed"]
+    assert "were alike before" in text.remarks(alike)["What stayed"]
 
 
 def test_the_curve_of_the_page_is_where_the_numbers_are(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from edm_goldens import assert_close, load, read_arrays, read_golden
 from pydantic import ValidationError
 
 from core.errors import UserError
-from core.protocols import Denoiser
+from core.roles import Denoiser
+from eval.edm_sampler import Config, Settings, heun, published, sample, settings_for, sigma_steps
 from teachers import edm, edm2, gaussian
-from teachers.sampling import Config, Settings, heun, published, sample, settings_for, sigma_steps
 
 
 @pytest.mark.parametrize("steps", [5, 18])

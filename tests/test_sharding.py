@@ -10,18 +10,18 @@ import torch
 from ranks import run_as_ranks
 from torch import Tensor, nn
 
-from core import distributed, sharding
+from core import distributed
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import Networks
+from core.roles import Networks
 from core.run_folder import RunFolder
 from generators import one_step_edm, stylegan2
 from objectives import diff_instruct
 from teachers import edm
-from training import checkpoint
-from training.loop import Config, train
+from training import checkpoint, fsdp
 from training.loss_scale import LossScale
 from training.state import TrainState, start
+from training.trainer import Config, train
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH, ROUNDS, HALF = 6, 4, 2
@@ -132,7 +132,7 @@ def _facts(folder: Path, world: World) -> dict[str, object]:
         stylegan2.Config(z_dim=8, w_dim=8, c_dim=0, img_resolution=8, img_channels=1, channel_max=8)
     )
     try:
-        sharding.shard(generator, world)
+        fsdp.shard(generator, world)
     except UserError as error:
         refused = str(error)
     else:
@@ -256,7 +256,7 @@ def test_a_stylegan_cannot_be_sharded(two_ranks: tuple[list[dict], Path]) -> Non
 def test_a_single_process_keeps_networks_whole(tmp_path: Path) -> None:
     """The recipe of many GPUs runs on one."""
     state = trained("all", RunFolder.create(tmp_path, "alone"), ALONE, rounds=1)
-    assert not any(sharding.is_sharded(n) for n in (state.networks.score, state.networks.teacher))
+    assert not any(fsdp.is_sharded(n) for n in (state.networks.score, state.networks.teacher))
 
 
 def test_shares_that_would_leave_a_process_waiting_are_refused(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from refine_command import call, tiny_recipe
 
 from core.distributed import World
 from core.run_folder import RunFolder
-from training import status as status_module
-from training.status import Status
+from training import progress as status_module
+from training.progress import Status
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

@@ -13,7 +13,7 @@ from benchmarks import step
 from benchmarks._published import on_path
 from core.errors import UserError
 from teachers import edm
-from training import loop
+from training import trainer
 
 TINY = {"img_channels": 3, "img_resolution": 8, "model_type": "SongUNet", "augment_dim": 9}
 TINY |= {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1}
@@ -59,7 +59,7 @@ def test_published_code_shares_the_name_of_a_folder_of_ours(tmp_path: Path) -> N
     with on_path(tmp_path):
         from training import networks  # pyright: ignore
     assert networks.NAME == "theirs"
-    assert sys.modules["training.loop"] is loop
+    assert sys.modules["training.trainer"] is trainer
     assert "training.networks" not in sys.modules and str(tmp_path) not in sys.path
 
 
@@ -68,7 +68,7 @@ def test_what_the_published_code_lacks_is_named(tmp_path: Path) -> None:
     _write(tmp_path, "networks", "import no_such_package")
     with pytest.raises(UserError, match="no_such_package"), on_path(tmp_path):
         from training import networks  # pyright: ignore  # noqa: F401
-    assert sys.modules["training.loop"] is loop
+    assert sys.modules["training.trainer"] is trainer
 
 
 def _write(checkout: Path, module: str, source: str) -> None:

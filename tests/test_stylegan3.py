@@ -10,12 +10,12 @@ from test_generators import Generator, assert_close, inputs, write
 from torch import Tensor
 
 import generators
-from core import networks
 from core.errors import UserError
-from core.pickles import NetworkRecord
 from custom_ops import backend
 from generators import stylegan2, stylegan3
 from generators.stylegan3 import Config, StyleGAN3
+from pretrained import networks
+from pretrained.nvidia_pickle import NetworkRecord
 
 SMALL = {
     "z_dim": 8,

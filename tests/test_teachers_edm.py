@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from core.errors import UserError
-from core.pickles import NetworkRecord
+from pretrained.nvidia_pickle import NetworkRecord
 from teachers._layers import Block, BlockStyle, Conv, Init
 from teachers.edm import Config, EDMDenoiser, build, from_record
 

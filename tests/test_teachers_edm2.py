@@ -21,17 +21,17 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import teachers
-from core import networks
 from core.distributed import World
 from core.errors import UserError
-from core.pickles import NetworkRecord
-from core.protocols import Networks
+from core.roles import Networks
 from core.run_folder import RunFolder
 from generators import one_step_edm
 from objectives import diff_instruct
+from pretrained import networks
+from pretrained.nvidia_pickle import NetworkRecord
 from teachers._mp_layers import MPConv, mp_cat, mp_silu, mp_sum, resampled
 from teachers.edm2 import Block, Config, EDM2Denoiser, build, from_record
-from training import checkpoint, loop
+from training import checkpoint, trainer
 from training.state import TrainState, start
 
 NAME = "edm2-cond10-16"
@@ -326,7 +326,7 @@ def test_normalising_after_each_step_in_eval_mode_is_the_published_training() ->
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 BATCH = 4
-TRAINING = loop.Config(
+TRAINING = trainer.Config(
     duration_kimg=6 * BATCH / 1000,
     batch_size=BATCH,
     micro_batch_size=3,
@@ -360,7 +360,7 @@ def go(
     """Train with one score pass for both networks; return the run's folder."""
     objective = diff_instruct.build(diff_instruct.Config(shared_batch=True, score_steps=2))
     folder = RunFolder.create(path, "run")
-    loop.train(
+    trainer.train(
         state, objective, TRAINING, folder=folder, world=ALONE, stop_requested=stop_requested
     )
     return folder
@@ -413,7 +413,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
     whole = prepared(begin())
     go(whole, tmp_path / "whole")
     answers = iter([False, False, True])
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(trainer.Interrupted):
         go(prepared(begin()), tmp_path / "half", stop_requested=lambda: next(answers))
     resumed = prepared(begin())
     path = checkpoint.newest(RunFolder(tmp_path / "half" / "00000-run"))

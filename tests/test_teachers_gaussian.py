@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from core.pickles import NetworkRecord
+from pretrained.nvidia_pickle import NetworkRecord
 from teachers.gaussian import Config, GaussianMixture, build, from_record
 
 

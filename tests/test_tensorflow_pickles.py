@@ -1,4 +1,4 @@
-"""core.pickles on the pickles of StyleGAN2 for TensorFlow: as data, by the names of PyTorch's."""
+"""pretrained.nvidia_pickle on pickles of StyleGAN2 for TensorFlow, by the names of PyTorch."""
 
 import pickle
 import sys
@@ -12,9 +12,9 @@ import torch
 from test_generators import built, inputs
 
 import generators
-from core import networks, pickles
 from core.errors import UserError
-from core.pickle_writing import write_refined
+from pretrained import networks, nvidia_pickle
+from pretrained.patch_pickle import write_refined
 
 # Writing pickles in TensorFlow's form -----------------------------------------------------------
 
@@ -164,7 +164,7 @@ def test_weights_come_back_as_the_student_that_has_them(tmp_path, settings, argu
     average.synthesis.b4.const.data.add_(1)
     nets = [generator_of(network, **arguments) for network in (trained, average)]
     path = write(tmp_path / "stylegan2.pkl", *nets)
-    expected, found = average.state_dict(), pickles.networks(path)["G_ema"].tensors
+    expected, found = average.state_dict(), nvidia_pickle.networks(path)["G_ema"].tensors
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], atol=2e-7, rtol=0, msg=name)
@@ -179,7 +179,7 @@ def test_the_networks_have_the_names_of_today(tmp_path, protocol):
     """(G, D, Gs) are G, D and G_ema; the source that came along is text."""
     one = generator_of(student())
     path = write(tmp_path / "stylegan2.pkl", one, one, protocol)
-    found = pickles.networks(path)
+    found = nvidia_pickle.networks(path)
     assert list(found) == ["G", "D", "G_ema"]
     assert [record.class_name for record in found.values()] == [
         "Generator",
@@ -194,7 +194,7 @@ def test_the_networks_have_the_names_of_today(tmp_path, protocol):
 def test_filters_are_those_of_the_published_networks(tmp_path):
     """Where something is upsampled the given taps, elsewhere the usual ones; each with sum 1."""
     one = generator_of(student(architecture="resnet"), resample_kernel=[1, 2, 1])
-    tensors = pickles.networks(write(tmp_path / "stylegan2.pkl", one, one))["G_ema"].tensors
+    tensors = nvidia_pickle.networks(write(tmp_path / "stylegan2.pkl", one, one))["G_ema"].tensors
     given = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
     for owner in ("b4", "b8", "b8.conv0", "b8.skip", "b16.conv0"):
         assert torch.equal(tensors[f"synthesis.{owner}.resample_filter"], given)
@@ -245,7 +245,7 @@ def test_components_nest_once(tmp_path):
     one = generator_of(student())
     nested = Network("G_main", ARGUMENTS, {}, {"a": one})
     with pytest.raises(UserError, match="its TensorFlow network a is made of others"):
-        pickles.read(write(tmp_path / "nested.pkl", nested, nested))
+        nvidia_pickle.read(write(tmp_path / "nested.pkl", nested, nested))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_nothing_else_of_tensorflow_is_allowed(tmp_path, name):
     path = tmp_path / "other.pkl"
     path.write_bytes(b"\x80\x02c" + name.encode() + b"\n)R.")
     with pytest.raises(UserError, match="TensorFlow objects other than StyleGAN2's"):
-        pickles.read(path)
+        nvidia_pickle.read(path)
 
 
 def test_damage_never_escapes(tmp_path):
@@ -281,10 +281,10 @@ def test_damage_never_escapes(tmp_path):
     for length in range(2, len(content), len(content) // 20):
         path.write_bytes(content[:length])
         with pytest.raises(UserError, match="truncated or damaged"):
-            pickles.read(path)
+            nvidia_pickle.read(path)
     del one.state["variables"]
     with pytest.raises(UserError, match="truncated or damaged"):
-        pickles.read(write(path, one, one))
+        nvidia_pickle.read(write(path, one, one))
 
 
 def test_values_are_not_written_back(tmp_path):

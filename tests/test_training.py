@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from core.distributed import World
 from core.errors import UserError
-from core.protocols import LossOutput, Networks, Phase
 from core.randomness import Draws
+from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
 from objectives import diff_instruct
 from teachers import gaussian
 from training import checkpoint
-from training.loop import Config, Diverged, Interrupted, train
 from training.state import OptimizerConfig, TrainState, follow, optimizer_names, start
+from training.trainer import Config, Diverged, Interrupted, train
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SHAPE = (1, 2, 2)

@@ -1,4 +1,4 @@
-"""core.weights: our files come back exactly, pickles as records, the rest as a sentence."""
+"""pretrained.files: our files come back exactly, pickles as records, the rest as a sentence."""
 
 import errno
 import io
@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from core import weights
 from core.errors import UserError
+from pretrained import files
 
 TENSORS = {
     "float32": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
@@ -34,7 +34,7 @@ CONFIG = {"resolution": 32, "lr": 1e-4, "name": "é", "blocks": [1, 2], "none": 
 def saved(tmp_path):
     """Give the path of a file in our format."""
     path = tmp_path / "student.safetensors"
-    weights.save(path, family="stylegan2", config=CONFIG, tensors=TENSORS, provenance={"kimg": 5})
+    files.save(path, family="stylegan2", config=CONFIG, tensors=TENSORS, provenance={"kimg": 5})
     return path
 
 
@@ -60,7 +60,7 @@ def published(tmp_path, monkeypatch):
 
 def test_tensors_come_back_exactly(saved):
     """Every dtype, shape and layout has the same values in the same dtype."""
-    found = weights.read(saved).tensors
+    found = files.read(saved).tensors
     assert set(found) == set(TENSORS)
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype
@@ -69,8 +69,8 @@ def test_tensors_come_back_exactly(saved):
 
 def test_family_config_and_provenance_come_back(saved):
     """What was said about the network is said again, as JSON data."""
-    network = weights.read(saved)
-    assert not weights.is_pickle(saved)
+    network = files.read(saved)
+    assert not files.is_pickle(saved)
     assert (network.family, network.config) == ("stylegan2", CONFIG)
     assert network.provenance == {"kimg": 5}
 
@@ -89,25 +89,25 @@ def test_equal_networks_make_equal_files(saved, tmp_path):
     again = tmp_path / "again"
     config, tensors = dict(reversed(CONFIG.items())), dict(reversed(TENSORS.items()))
     for _ in range(8):  # safetensors itself writes its metadata in a random order
-        weights.save(
+        files.save(
             again, family="stylegan2", config=config, tensors=tensors, provenance={"kimg": 5}
         )
-        assert weights.read(again).sha256 == weights.read(saved).sha256
+        assert files.read(again).sha256 == files.read(saved).sha256
 
 
 def test_tied_tensors_are_saved_one_by_one(tmp_path):
     """Tensors that share memory come back under each of their names."""
     shared = torch.arange(4.0)
     path = tmp_path / "tied"
-    weights.save(path, family="edm", config={}, tensors={"a": shared, "b": shared[1:3]})
-    found = weights.read(path)
+    files.save(path, family="edm", config={}, tensors={"a": shared, "b": shared[1:3]})
+    found = files.read(path)
     assert found.tensors["b"].tolist() == [1, 2] and found.provenance == {}
 
 
 def test_a_pickle_is_recognised_by_content(published):
     """A published pickle is one whatever its name says, and gives its networks by name."""
-    network = weights.read(published)
-    assert weights.is_pickle(published) and isinstance(network, weights.PublishedPickle)
+    network = files.read(published)
+    assert files.is_pickle(published) and isinstance(network, files.PublishedPickle)
     assert network.beside == ("training_set_kwargs",)
     record = network.record("G_ema")
     assert (record.class_name, record.arguments) == ("Generator", {"z_dim": 8})
@@ -117,7 +117,7 @@ def test_a_pickle_is_recognised_by_content(published):
 def test_a_missing_record_names_those_there(published):
     """Asking for a teacher in a GAN's file says what the file has."""
     with pytest.raises(UserError, match=r"no network ema\. The networks in it: G_ema\."):
-        weights.read(published).record("ema")
+        files.read(published).record("ema")
 
 
 def test_truncated_files_are_named_as_such(saved):
@@ -126,7 +126,7 @@ def test_truncated_files_are_named_as_such(saved):
     for length in (1, 7, 8, 9, 20, 500, len(content) // 2, len(content) - 1):
         saved.write_bytes(content[:length])
         with pytest.raises(UserError, match="is truncated"):
-            weights.read(saved)
+            files.read(saved)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_other_files_are_told_what_they_are(tmp_path, content, complaint):
     path = tmp_path / "weights.pkl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=complaint) as error:
-        weights.read(path)
+        files.read(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -158,7 +158,7 @@ def test_a_torch_save_of_either_form_is_told_what_it_is(tmp_path):
         torch.save({"g_ema": TENSORS}, buffer, _use_new_zipfile_serialization=is_zip)
         path.write_bytes(buffer.getvalue())
         with pytest.raises(UserError, match=f"checkpoint.pt is {kind}"):
-            weights.read(path)
+            files.read(path)
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,13 @@ def test_foreign_safetensors_are_refused(tmp_path, metadata, complaint):
     path = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata)
     with pytest.raises(UserError, match=complaint):
-        weights.read(path)
+        files.read(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
     """A path without a file gives its name and the reason."""
     with pytest.raises(UserError, match="gone cannot be read: No such file"):
-        weights.read(tmp_path / "gone")
+        files.read(tmp_path / "gone")
 
 
 def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
@@ -198,5 +198,5 @@ def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot be written: No space left on device"):
-        weights.save(saved, family="edm", config={}, tensors=TENSORS)
+        files.save(saved, family="edm", config={}, tensors=TENSORS)
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]

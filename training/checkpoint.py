@@ -14,13 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from core import distributed, sharding
+from core import distributed
 from core.config import Section
 from core.distributed import World
 from core.errors import UserError
 from core.run_folder import RunFolder, atomic_write
-from training._copies import copied, tensors_in
-from training._seal import damage, scores_of, seal
+from training import fsdp
+from training._checksum import damage, scores_of, seal
+from training._host_copy import copied, tensors_in
 from training.loss_scale import LossScale
 from training.state import TrainState
 
@@ -94,7 +95,7 @@ class Writer:
         content = _content(state)
         if not self.is_main:
             for tensor in tensors_in(content):
-                sharding.whole(tensor)  # the main one has no use of parts
+                fsdp.whole(tensor)  # the main one has no use of parts
             return
         self._copy = copied(content, self._copy)
         self._writing = self._thread.submit(
@@ -196,7 +197,7 @@ def restore(state: TrainState, path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("student", "score"):
             network = getattr(state.networks, name)
-            network.load_state_dict(sharding.parted_state(content[name], network))
+            network.load_state_dict(fsdp.parted_state(content[name], network))
         state.student_ema.load_state_dict(content["student_ema"])
         for name, optimizer in state.optimizers.items():
             optimizer.load_state_dict(_parted(content["optimizers"][name], optimizer))
@@ -217,7 +218,7 @@ def _parted(saved: Content, optimizer: torch.optim.Optimizer) -> Content:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = cast(Mapping[int, Mapping[str, Tensor]], saved["state"])
     spread = {
-        index: {name: sharding.parted(value, parameters[index]) for name, value in values.items()}
+        index: {name: fsdp.parted(value, parameters[index]) for name, value in values.items()}
         for index, values in state.items()
     }
     return {**saved, "state": spread}

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from core import sharding
 from core.config import Section
 from core.distributed import World
-from core.protocols import Networks, TrainedNetwork
+from core.roles import Networks, TrainedNetwork
+from training import fsdp
 from training.loss_scale import LossScale
 
 
@@ -97,7 +97,7 @@ def start(
     }
     for name, (network, _) in learning.items():
         if name in shard and world is not None:
-            sharding.shard(network, world)
+            fsdp.shard(network, world)
     optimizers: dict[TrainedNetwork, torch.optim.Optimizer] = {
         name: _optimizer(network.eval().requires_grad_(True), lr, optimizer)
         for name, (network, lr) in learning.items()
@@ -110,7 +110,7 @@ def start(
 def follow(average: nn.Module, network: nn.Module, *, decay: float) -> None:
     """Move parameters to decay * average + (1 - decay) * network; copy buffers."""
     slow: list[Tensor] = list(average.parameters())
-    fast: list[Tensor] = [sharding.whole(parameter) for parameter in network.parameters()]
+    fast: list[Tensor] = [fsdp.whole(parameter) for parameter in network.parameters()]
     torch._foreach_lerp_(slow, fast, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for kept, current in zip(average.buffers(), network.buffers(), strict=True):
         kept.copy_(current)
@@ -131,6 +131,6 @@ def _optimizer(network: nn.Module, lr: float, config: OptimizerConfig) -> torch.
         # Adafactor's eps is a pair, of another meaning.
         if name in known and isinstance(known[name].default, tuple) == isinstance(value, tuple)
     }
-    if config.name in (_FUSED_IN_PARTS if sharding.is_sharded(network) else _FUSED):
+    if config.name in (_FUSED_IN_PARTS if fsdp.is_sharded(network) else _FUSED):
         chosen["fused"] = True
     return kind(network.parameters(), lr=lr, **chosen)

@@ -26,14 +26,13 @@ from torch import Tensor, nn
 
 import teachers
 from assets.mnist32 import adversarial
-from core import networks
 from core.distributed import World
 from core.run_folder import atomic_write
 from data.images import Images
-from eval import features, measuring, reference, suite
+from eval import edm_sampler, features, measuring, reference, suite
 from eval.samples import images_of_seeds
 from generators import stylegan2
-from teachers import sampling
+from pretrained import networks
 
 HERE = Path(__file__).parent
 STUDENT = stylegan2.Config(
@@ -106,7 +105,7 @@ def make_teacher_samples(images: int) -> None:
     measures = _suite(("fid", "kid", "precision", "recall"), batch_size=100)
     teacher = cast(nn.Module, teachers.load(HERE / "teacher.safetensors"))
     images_of = images_of_seeds(
-        teacher, partial(sampling.sample, config=sampling.Config()), device="cpu"
+        teacher, partial(edm_sampler.sample, config=edm_sampler.Config()), device="cpu"
     )
     kept = reference.of_samples(
         measures.collected(images_of, range(images)),

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from core import distributed
 from core.distributed import World
 from core.run_folder import RunFolder
-from training.events import Events
+from training.tensorboard import Events
 
 if sys.platform != "win32":
     import resource

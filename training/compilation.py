@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from core.protocols import Networks
+from core.roles import Networks
 
 Mode = Literal["default", "reduce-overhead", "max-autotune"]
 """torch.compile's modes. reduce-overhead is default with CUDA graphs; max-autotune tries several

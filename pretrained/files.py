@@ -16,11 +16,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from core import pickles
 from core.downloads import sha256_of
 from core.errors import UserError
-from core.pickles import NetworkRecord
 from core.run_folder import atomic_write
+from pretrained import nvidia_pickle
+from pretrained.nvidia_pickle import NetworkRecord
 
 _FORMAT = "gan-refinement-toolkit/1"
 _LONGEST_HEADER_BYTES = 100_000_000
@@ -86,7 +86,7 @@ def is_pickle(path: str | Path) -> bool:
 
 
 def _read_pickle(path: Path) -> PublishedPickle:
-    content = pickles.read(path)
+    content = nvidia_pickle.read(path)
     records = content.networks
     held = (name for name, value in content.top.items() if value is not None)
     beside = tuple(name for name in held if name not in records)
@@ -187,7 +187,7 @@ def _what_else(start: bytes, size: int) -> str:
         kind = "a zip archive, such as torch.save writes" if start[:1] == b"P" else "a torch.save"
         return (
             f"is {kind}: expected our safetensors or a StyleGAN or EDM pickle. "
-            "Save its tensors with core.weights.save, naming family and config."
+            "Save its tensors with pretrained.files.save, naming family and config."
         )
     if size < 16:
         return f"is truncated: it has {size} bytes. Get it again."

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core._stand_ins import typed
 from core.errors import UserError
+from pretrained._allowed_globals import typed
 
 _Layout = Callable[[np.ndarray], np.ndarray]
 _OLDEST_VERSION = 4

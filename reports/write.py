@@ -6,24 +6,15 @@ import json
 from pathlib import Path
 
 from core.run_folder import atomic_write
-from eval import _comparison, _page
-from eval._numbers import metric_title
-from eval._warnings import warnings
-from eval.comparing import Comparison
+from eval.display import metric_title
 from eval.measuring import METRICS
-from eval.pictures import curve_picture, pairs_picture
-from eval.report import Report, to_json
 from eval.samples import Neighbours, Pairs
-from eval.wording import (
-    columns,
-    facts,
-    headline,
-    levels,
-    remarks,
-    rows,
-    sets,
-    shown_points,
-)
+from reports import _comparison, _page
+from reports._warnings import warnings
+from reports.compare import Comparison
+from reports.data import Report, to_json
+from reports.figures import curve_picture, pairs_picture
+from reports.text import columns, facts, headline, levels, remarks, rows, sets, shown_points
 
 
 def write(

@@ -10,19 +10,19 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from core import distributed, sharding
-from core.compiling import compiled
+from core import distributed
 from core.distributed import World, any_rank
 from core.errors import UserError
-from core.protocols import Objective
+from core.roles import Objective
 from core.run_folder import RunFolder
-from training import checkpoint
+from training import checkpoint, fsdp
+from training.compilation import compiled
+from training.config import Config
 from training.divergence import Diverged, Score, Watch, go_back
-from training.rounds import play_round, wrapped
+from training.progress import Status
 from training.schedule import Every
-from training.settings import Config
 from training.state import TrainState
-from training.status import Status
+from training.step import play_round, wrapped
 
 Measure = Callable[[TrainState], Mapping[str, float] | None]
 """From the state to its metrics; None, on all ranks, where a request to stop cut that short."""
@@ -55,7 +55,7 @@ def train(
     total = config.total_images
     in_parts = [state.networks.teacher] if "teacher" in config.shard else []
     with (
-        sharding.sharded(in_parts, world),
+        fsdp.sharded(in_parts, world),
         compiled(state.networks, config.compile, world.device) as networks,
         Status(
             folder,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from core.config import Section
 from core.errors import UserError
-from core.networks import family_of
-from core.protocols import Denoiser
+from core.roles import Denoiser
+from pretrained.networks import family_of
 
 NoiseOf = Callable[[int], Tensor]
 """From the number of a step, 0 first, to unit normals [N, C, H, W]."""

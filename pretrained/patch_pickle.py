@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core import pickles
 from core.errors import UserError
-from core.pickles import Content, StoredTensor
 from core.run_folder import atomic_write
+from pretrained import nvidia_pickle
+from pretrained.nvidia_pickle import Content, StoredTensor
 
 _UNNAMED = "a tensor that is in no network"
 
@@ -39,7 +39,7 @@ def write_refined(
     original, and as `pickles.read` and `atomic_write` do.
     """
     original, out = Path(original), Path(out)
-    content = pickles.read(original)
+    content = nvidia_pickle.read(original)
     if out.exists() and out.samefile(original):
         raise UserError(f"{out} is the original itself: give another name for the refined file")
     changes = _changes(content, networks, path=original)
@@ -223,7 +223,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _check_written(path: Path, expected: list[Tensor]) -> None:
     """Raise where the file just written does not read as it should: that is a bug of ours."""
-    written = pickles.read(path).stored
+    written = nvidia_pickle.read(path).stored
     assert len(written) == len(expected), path
     for use, value in zip(written, expected, strict=True):
         assert _same(use.tensor, value), path

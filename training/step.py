@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from core import distributed, sharding
-from core.compiling import replays
+from core import distributed
 from core.distributed import World
 from core.precision import computing_in
-from core.protocols import LossOutput, Networks, Objective, Phase, TrainedNetwork
 from core.randomness import Draws
+from core.roles import LossOutput, Networks, Objective, Phase, TrainedNetwork
+from training import fsdp
+from training.compilation import replays
+from training.config import Config
 from training.divergence import Diverged
 from training.loss_scale import ONE, LossScale
 from training.schedule import annealing, ema_decay, warmup
-from training.settings import Config
 from training.state import TrainState, follow
 
 
@@ -91,7 +92,7 @@ def wrapped(networks: Networks, state: TrainState, world: World) -> Networks:
     """
     trained = {name: getattr(networks, name) for name in state.optimizers}
     ready = {
-        name: network if sharding.is_sharded(network) else distributed.wrap(network, world)
+        name: network if fsdp.is_sharded(network) else distributed.wrap(network, world)
         for name, network in trained.items()
     }
     return replace(networks, **ready)
@@ -126,7 +127,7 @@ def _synchronised(networks: Iterable[nn.Module], *, last: bool) -> Iterator[None
     """Run the body so that gradients are averaged over ranks only in the last micro-batch."""
     with ExitStack() as stack:
         for network in networks:
-            sharding.synchronise(network, last)
+            fsdp.synchronise(network, last)
             if isinstance(network, DistributedDataParallel) and not last:
                 stack.enter_context(network.no_sync())
         yield
@@ -172,7 +173,7 @@ def _checked_norms(
 
 def _gradient_norm(network: nn.Module) -> Tensor:
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    return sharding.whole(get_total_norm(gradients))
+    return fsdp.whole(get_total_norm(gradients))
 
 
 def _set_learning_rate(state: TrainState, name: TrainedNetwork, config: Config) -> None:

@@ -9,39 +9,39 @@ from typing import cast
 import torch
 
 from core.downloads import local_file, sha256_of
-from eval import reference, report, samples
+from eval import edm_sampler, provenance, reference, samples
 from eval.collecting import kept_indices
 from eval.likeness import Drift, Nearness
 from eval.suite import size
 from refinement.adapter import Downsample
-from refinement.parts import SAMPLED, Parts, found
+from refinement.components import SAMPLED, Parts, found
+from refinement.evaluation import likeness, noted, teacher_scores
 from refinement.recipe import NetworkSection, Recipe
-from refinement.scores import likeness, noted, teacher_scores
-from refinement.session import Run, now, total_seconds
-from teachers import sampling
+from refinement.run import Run, now, total_seconds
+from reports import data
 
 
-def report_of(run: Run) -> report.Report:
+def report_of(run: Run) -> data.Report:
     """Return the report's data, from the readings up to here and what was loaded."""
     recipe, parts, at = run.recipe, run.parts, run.state.images_seen
     every = run.folder.read_readings()
     rows = [row for row in every if cast(int, row["images_seen"]) <= at]
     sessions = [cast(dict, row["session"]) for row in rows if "session" in row]
     real = parts.suite and parts.suite.real
-    return report.Report(
+    return data.Report(
         name=recipe.name,
         before=noted(run.folder, "before", 0) or {},
         after=noted(run.folder, "after", at) or {},
         images=recipe.evaluation.images,
         first_seed=0,
-        reference=real and report.ReferenceName.of(real),
-        extractor=parts.suite and report.ExtractorName.of(parts.suite.extractor),
-        environment=report.Environment.here(run.world.device, processes=run.world.size),
+        reference=real and provenance.ReferenceName.of(real),
+        extractor=parts.suite and provenance.ExtractorName.of(parts.suite.extractor),
+        environment=provenance.Environment.here(run.world.device, processes=run.world.size),
         kernel_backend=parts.kernel_backend,
         teacher_samples=_teacher_score(run),
         real_halves=_real_halves(parts),
-        student=report.File(**file_of(recipe.student)),
-        teacher=report.File(**_teacher_file(recipe)),
+        student=data.File(**file_of(recipe.student)),
+        teacher=data.File(**_teacher_file(recipe)),
         sampler=_sampler(run),
         images_seen=at,
         started_at=min((session["started_at"] for session in sessions), default=run.started_at),
@@ -64,7 +64,7 @@ def pair_seeds(run: Run) -> list[int]:
 
 
 def neighbours(
-    run: Run, made: report.Report, images_of: samples.ImagesOf
+    run: Run, made: data.Report, images_of: samples.ImagesOf
 ) -> samples.Neighbours | None:
     """Return pictures of the images after that come nearest to real ones, where those are at hand.
 
@@ -100,29 +100,29 @@ def _teacher_file(recipe: Recipe) -> dict[str, str | None]:
     return {"path": recipe.objective.images, "sha256": None if path.is_dir() else sha256_of(path)}
 
 
-def _teacher_score(run: Run) -> report.SampleScore | None:
+def _teacher_score(run: Run) -> data.SampleScore | None:
     """Return how far the teacher's own samples are from the real images, where that is known."""
     scores, made = teacher_scores(run), run.parts.teacher_samples
-    return report.SampleScore(scores, made.images) if scores and made is not None else None
+    return data.SampleScore(scores, made.images) if scores and made is not None else None
 
 
-def _real_halves(parts: Parts) -> report.SampleScore | None:
+def _real_halves(parts: Parts) -> data.SampleScore | None:
     real = parts.suite and parts.suite.real
     if not real or real.halves_fid is None or real.images is None:
         return None
-    return report.SampleScore({"fid": real.halves_fid}, real.images // 2)
+    return data.SampleScore({"fid": real.halves_fid}, real.images // 2)
 
 
 def _sampler(run: Run) -> str | None:
     """Return how a denoiser is sampled in this run, if one is: the teacher, or the student."""
     recipe = run.recipe
     if recipe.teacher is None:
-        return sampling.described(run.original, recipe.sampler)
+        return edm_sampler.described(run.original, recipe.sampler)
     settings = recipe.evaluation
     is_sampled = settings.teacher == SAMPLED or settings.reference == "teacher"
     if recipe.mode == "gan" and not is_sampled:
         return None
-    return sampling.described(run.parts.teacher, recipe.sampler)
+    return edm_sampler.described(run.parts.teacher, recipe.sampler)
 
 
 def _teacher_sees(parts: Parts) -> str | None:
@@ -161,17 +161,17 @@ def notes(rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
             )
 
 
-def _curve(run: Run, rows: Sequence[Mapping[str, object]]) -> report.Curve:
+def _curve(run: Run, rows: Sequence[Mapping[str, object]]) -> data.Curve:
     """Return the first metric that was measured while training."""
     measured = [
         (cast(int, row["images_seen"]), row["measured"]) for row in rows if row.get("measured")
     ]
     points = [(seen, cast(dict[str, float], scores)) for seen, scores in measured]
     if not points:
-        return report.Curve()
+        return data.Curve()
     metric = next(iter(points[0][1]))
-    return report.Curve(
+    return data.Curve(
         metric,
-        tuple(report.CurvePoint(seen, scores[metric]) for seen, scores in points),
+        tuple(data.CurvePoint(seen, scores[metric]) for seen, scores in points),
         run.recipe.evaluation.images_while_training,
     )

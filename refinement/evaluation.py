@@ -15,11 +15,12 @@ from torch import nn
 
 from core import distributed
 from core.run_folder import RunFolder, atomic_write
-from eval import pictures, samples
+from eval import samples
 from eval.likeness import Drift, Nearness, drift, nearness
 from eval.metrics import MetricResult
 from eval.suite import GivenUp
-from refinement.session import Run, append, timed
+from refinement.run import Run, append, timed
+from reports import figures
 from training.state import TrainState
 
 T = TypeVar("T", Drift, Nearness)
@@ -78,7 +79,7 @@ def while_training(
         parts = [images_of(seeds[start : start + size]).cpu() for start in range(0, 100, size)]
         images = torch.cat(parts)
         with atomic_write(run.folder.samples / f"{state.images_seen:012d}.png") as partial:
-            partial.write_bytes(pictures.grid_picture(images, columns=10))
+            partial.write_bytes(figures.grid_picture(images, columns=10))
     count = settings.images_while_training
     suite = run.parts.suite and run.parts.suite.while_training(images=count)
     if settings.every_kimg == 0 or suite is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eval.measuring import METRICS
 from eval.metrics import MetricResult
-from eval.report import ExtractorName
+from eval.provenance import ExtractorName
 
 
 def metric_title(metric: str, extractor: ExtractorName | None) -> str:

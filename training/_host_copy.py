@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from core.sharding import whole
+from training.fsdp import whole
 
 T = TypeVar("T")
 

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core import _stand_ins, _tensorflow_pickles
-from core._stand_ins import (
+from core.errors import UserError
+from pretrained import _allowed_globals, _tensorflow
+from pretrained._allowed_globals import (
     Global,
     Located,
     Refused,
@@ -35,8 +36,7 @@ from core._stand_ins import (
     part,
     typed,
 )
-from core._tensorflow_pickles import TensorflowNetwork
-from core.errors import UserError
+from pretrained._tensorflow import TensorflowNetwork
 
 _PERSISTENCE = "torch_utils.persistence._reconstruct_persistent_obj"
 _PERSISTENCE_VERSION = 6
@@ -194,7 +194,7 @@ def _from_tensorflow(top: object) -> object:
 
 
 def _tensorflow_generator(network: TensorflowNetwork) -> NetworkRecord:
-    arguments, tensors = _tensorflow_pickles.generator(network)
+    arguments, tensors = _tensorflow.generator(network)
     return NetworkRecord("Generator", network.module_source, (), arguments, tensors)
 
 
@@ -401,7 +401,7 @@ _TORCH_MODULES = {
     "sparse": ("Embedding",),
 }
 _CALLS: dict[tuple[str, str], Callable[..., object]] = {
-    **_stand_ins.CALLS,
+    **_allowed_globals.CALLS,
     ("dnnlib.tflib.network", "Network"): lambda: TensorflowNetwork(),
     **{
         (f"torch.nn.modules.{file}", name): _module_class(f"torch.nn.modules.{file}.{name}")
@@ -411,7 +411,7 @@ _CALLS: dict[tuple[str, str], Callable[..., object]] = {
 }
 _GLOBALS: dict[tuple[str, str], object] = {
     **{(module, name): Global(f"{module}.{name}", call) for (module, name), call in _CALLS.items()},
-    **_stand_ins.DTYPES,
+    **_allowed_globals.DTYPES,
 }
 """Every global that a network pickle may ask for, with what stands in for it, but for those that
 the reader itself answers.

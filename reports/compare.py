@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import UserError
-from eval._numbers import change, number, shown, unit
+from eval.display import change, number, shown, unit
 from eval.measuring import METRICS
 from eval.metrics import MetricResult
-from eval.report import Report
-from eval.wording import facts
+from reports.data import Report
+from reports.text import facts
 
 _ARROWS = {"lower": "↓", "higher": "↑"}
 COLUMNS = ("before", "after", "change", "teacher")

@@ -16,11 +16,12 @@ from typing import NamedTuple
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from core import config, pickle_writing, plugins, weights
+from core import config, plugins
 from core.downloads import local_file
 from core.errors import UserError
-from core.pickles import NetworkRecord
-from core.weights import PublishedPickle, SavedNetwork
+from pretrained import files, patch_pickle
+from pretrained.files import PublishedPickle, SavedNetwork
+from pretrained.nvidia_pickle import NetworkRecord
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Ope
     pickle, where the first of `records` that the file holds is taken. Raises UserError where the
     file or what it holds does not fit.
     """
-    file = weights.read(local_file(source))
+    file = files.read(local_file(source))
     if isinstance(file, SavedNetwork):
         if file.family not in plugins.names(folder):
             raise _unknown(folder, f"{file.family} weights", file.path)
@@ -85,7 +86,7 @@ def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | N
     """Write a network of ours for `load` to rebuild. Raises UserError where the disk refuses."""
     shape = network.config
     assert isinstance(shape, BaseModel), type(network)
-    weights.save(
+    files.save(
         path,
         family=family_of(network),
         config=shape.model_dump(mode="json"),
@@ -103,7 +104,7 @@ def save_refined(
     (`pickle_writing.write_refined`). Raises UserError where the pickle holds none of them or a
     network of other tensors, or the copy cannot be written.
     """
-    file = weights.read(original)
+    file = files.read(original)
     if isinstance(file, SavedNetwork):
         raise UserError(f"{original} is in our own format: only a published pickle is copied")
     found = tuple(name for name in records if name in file.records)
@@ -113,7 +114,7 @@ def save_refined(
     for name in found:
         if lost := next((key for key in file.record(name).tensors if key not in tensors), None):
             raise UserError(f"{original}: its {name} has {lost}, which the refined network has not")
-    pickle_writing.write_refined(original, out, dict.fromkeys(found, tensors))
+    patch_pickle.write_refined(original, out, dict.fromkeys(found, tensors))
     return found
 
 

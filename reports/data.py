@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
-import subprocess
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from core.errors import UserError
-from eval.features import Extractor
 from eval.likeness import Drift, Nearness
 from eval.measuring import METRICS
 from eval.metrics import MetricResult
-from eval.reference import Reference
+from eval.provenance import Environment, ExtractorName, ReferenceName
 
 SCHEMA_VERSION = 2
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -38,54 +30,6 @@ class File:
 
     path: str
     sha256: str | None
-
-
-@dataclass(frozen=True)
-class ReferenceName:
-    """Which real images were compared with."""
-
-    name: str
-    sha256: str
-    images: int | None
-
-    @classmethod
-    def of(cls, reference: Reference) -> ReferenceName:
-        """Return the name of a reference."""
-        return cls(reference.source, reference.sha256, reference.images)
-
-
-@dataclass(frozen=True)
-class ExtractorName:
-    """Which features were compared."""
-
-    name: str
-    sha256: str
-
-    @classmethod
-    def of(cls, extractor: Extractor) -> ExtractorName:
-        """Return the name of an extractor."""
-        return cls(extractor.name, extractor.sha256)
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What ran: versions, code and hardware."""
-
-    versions: Mapping[str, str]
-    git_commit: str | None
-    """None outside a git checkout."""
-    git_dirty: bool | None
-    """Whether the checkout differed from its commit."""
-    hardware: str
-    """Processor or accelerator, in words."""
-
-    @classmethod
-    def here(cls, device: torch.device | str = "cpu", *, processes: int = 1) -> Environment:
-        """Return the environment of this process, one of so many on like devices."""
-        commit = _git("rev-parse", "HEAD")
-        status = _git("status", "--porcelain", "--untracked-files=no")
-        hardware = _hardware(device, processes)
-        return cls(_versions(), commit, None if status is None else bool(status), hardware)
 
 
 @dataclass(frozen=True)
@@ -219,45 +163,3 @@ def read(path: str | Path) -> Report:
         raise UserError(f"{path} does not exist: the run has no report yet") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise UserError(f"{path} is not a report of this program: {error}") from error
-
-
-# The environment
-
-
-def _versions() -> dict[str, str]:
-    ours = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
-    return {
-        ours["name"]: ours["version"],
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with its build, such as +cu128
-        **{name: metadata.version(name) for name in ("torch-fidelity", "numpy")},
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """Return what git prints about this checkout, or None where it cannot say."""
-    command = ["git", "-C", str(_ROOT), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _hardware(device: torch.device | str, processes: int) -> str:
-    """Return what the processes ran on, each on a GPU of its own or all on CPUs."""
-    device = torch.device(device)
-    cores = f"{os.cpu_count()} CPU cores ({_processor()})"
-    if device.type == "cuda":
-        return f"{processes} x {torch.cuda.get_device_name(device)}, {cores}"
-    return cores if processes == 1 else f"{processes} processes, {cores}"
-
-
-def _processor() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())

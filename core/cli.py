@@ -1,15 +1,25 @@
-"""How a command leaves where it cannot go on: with one sentence, and exit code 2."""
+"""Command line: logging of rank 0, and user errors as one sentence with exit code 2."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import signal
 import sys
 from collections.abc import Callable
 
 import click
 
+from core import distributed
+from core.distributed import World
 from core.errors import UserError
+
+
+def set_up_logging(world: World) -> None:
+    """Log messages of rank 0 to stderr, without decoration."""
+    handler = logging.StreamHandler()
+    handler.addFilter(distributed.main_only(world))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
 
 
 def one_sentence(*, stopped: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

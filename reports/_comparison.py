@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from urllib.parse import quote
 
-from eval._drawing import Series, drawing, legend
-from eval._html import coded, document, notes
-from eval.comparing import COLUMNS, Comparison, Run, lines, title
 from eval.measuring import METRICS
-from eval.wording import shown_points
+from reports._drawing import Series, drawing, legend
+from reports._html import coded, document, notes
+from reports.compare import COLUMNS, Comparison, Run, lines, title
+from reports.text import shown_points
 
 
 def page(compared: Comparison) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from eval._numbers import metric_title, number, shown
+from eval.display import metric_title, number, shown
 from eval.measuring import METRICS
 from eval.metrics import MetricResult
-from eval.report import Report
+from reports.data import Report
 
 _FEW_IMAGES = 10_000
 """Fewer make a Fréchet distance that is compared with nothing else."""

@@ -13,21 +13,21 @@ from torch import nn
 
 import generators
 import teachers
-from core import distributed, networks, plugins
+from core import distributed, plugins
 from core.distributed import World
 from core.downloads import local_file
 from core.errors import UserError
-from core.protocols import Objective
+from core.roles import Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
-from eval import reference, samples, suite
+from eval import edm_sampler, reference, samples, suite
 from eval.measuring import Planned
 from eval.reference import Reference
 from eval.suite import Suite, size
 from generators import one_step_edm
+from pretrained import networks
 from refinement import adapter
 from refinement.recipe import NetworkSection, Recipe, family_config
-from teachers import sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 _TEACHER_SEED = 2**31
@@ -82,7 +82,7 @@ def load_parts(recipe: Recipe, world: World) -> Parts:
         teacher.to(world.device, memory_format=layout),
         fitted,
         objective,
-        partial(sampling.sample, config=recipe.sampler),
+        partial(edm_sampler.sample, config=recipe.sampler),
         measures,
         backend.choose(recipe.kernels, world.device),
         teacher_samples,

@@ -14,23 +14,14 @@ from html import escape
 from PIL import Image
 from torch import Tensor
 
-from eval._drawing import Series, drawing
-from eval._html import coded, document, notes
-from eval._numbers import metric_title
-from eval._warnings import warnings
+from eval.display import metric_title
 from eval.measuring import METRICS
-from eval.report import Report
 from eval.samples import Neighbours, Pairs
-from eval.wording import (
-    columns,
-    facts,
-    levels,
-    remarks,
-    rows,
-    sets,
-    shown_points,
-    verdict,
-)
+from reports._drawing import Series, drawing
+from reports._html import coded, document, notes
+from reports._warnings import warnings
+from reports.data import Report
+from reports.text import columns, facts, levels, remarks, rows, sets, shown_points, verdict
 
 _LARGEST = 256
 """Pixels of an image's longer side in the page; larger ones are shrunk."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from eval._numbers import change, metric_title, number, shown, unit
-from eval._warnings import warnings
+from eval.display import change, metric_title, number, shown, unit
 from eval.measuring import METRICS
-from eval.report import CurvePoint, ExtractorName, File, Report, SampleScore
+from eval.provenance import ExtractorName
+from reports._warnings import warnings
+from reports.data import CurvePoint, File, Report, SampleScore
 
 _ARROWS = {"lower": "↓", "higher": "↑"}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from eval.report import CurvePoint
+from reports.data import CurvePoint
 
 COLOURS = 8
 """How many curves the page can tell apart: classes c0 to c7 of its style."""

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from core.compiling import Mode
 from core.config import Section
 from core.precision import Precision
 from training import checkpoint
+from training.compilation import Mode
 from training.divergence import DivergenceConfig
 from training.state import OptimizerConfig
 

@@ -1,0 +1,1 @@
+"""Files of pretrained networks, read as data, and written back."""

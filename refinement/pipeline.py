@@ -1,0 +1,116 @@
+"""One run from its start to its report: measured before, trained, measured after; resumable at any
+point.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+from torch import nn
+
+import generators
+from core import distributed
+from core.downloads import local_file
+from core.errors import UserError
+from eval import samples
+from pretrained import files, networks
+from refinement import build_report, evaluation
+from refinement.components import found, with_teacher_samples
+from refinement.run import Run, note_session, timed
+from refinement.signals import stop_signal
+from reports import data, write
+from training import trainer
+
+_log = logging.getLogger(__name__)
+
+
+def train(run: Run) -> None:
+    """Train to the end of the recipe. Raises loop.Interrupted, with the state saved, when asked to
+    stop.
+    """
+    if run.world.is_main:
+        run.folder.keep_readings_until(run.state.images_seen)
+    distributed.barrier(run.world)
+    _meet_teacher(run)
+    evaluation.measure(run, "before", run.original)
+    if run.state.images_seen >= run.recipe.training.total_images:
+        return
+    with timed(run, "training"):
+        evaluation.begin_curve(run)
+        with stop_signal() as stop_requested:
+            trainer.train(
+                run.state,
+                run.parts.objective,
+                run.recipe.training,
+                folder=run.folder,
+                world=run.world,
+                measure=lambda state: evaluation.while_training(
+                    run, state, stop_requested=stop_requested
+                ),
+                measure_every_kimg=run.recipe.evaluation.every_kimg,
+                stop_requested=stop_requested,
+            )
+
+
+def finish(run: Run) -> data.Report:
+    """Return the report of the run as it stands, after writing it and the refined weights."""
+    _meet_teacher(run)
+    evaluation.measure(run, "before", run.original)
+    student = copy.deepcopy(run.state.student_ema)
+    if hasattr(student, "settle"):
+        student.settle()
+    if run.world.is_main:
+        provenance = {
+            "refined_from": build_report.file_of(run.recipe.student),
+            "images_seen": run.state.images_seen,
+        }
+        networks.save(run.folder.student, student, provenance=provenance)
+        _save_refined_pickle(run, student)
+    evaluation.measure(run, "after", student)
+    evaluation.compare(run, student)
+    note_session(run)
+    made = build_report.report_of(run)
+    if run.world.is_main:
+        near = build_report.neighbours(run, made, run.parts.images_of(student))
+        write.write(run.folder.report, made, _pairs(run, student), near)
+    return made
+
+
+def _pairs(run: Run, student: nn.Module) -> samples.Pairs:
+    """Return images of the same latents before and after, the teacher's too where it has them."""
+    seeds = build_report.pair_seeds(run)
+    return samples.pairs(
+        run.parts.images_of(run.original),
+        run.parts.images_of(student),
+        seeds,
+        labels=samples.inputs_of(student, seeds).labels,
+        teacher=run.parts.images_of(run.parts.teacher) if _starts_from_noise(run) else None,
+    )
+
+
+def _save_refined_pickle(run: Run, student: nn.Module) -> None:
+    """Where the student came in a published pickle, write that again with the refined weights."""
+    source = run.recipe.student.weights
+    original = None if source is None else local_file(found(source))
+    if original is None or not files.is_pickle(original):
+        return
+    try:
+        written = generators.save_refined(original, run.folder.refined_pickle, student)
+    except UserError as error:
+        _log.warning("no refined.pkl: %s", error)
+        return
+    _log.info(
+        "%s: %s refined, all else as it was", run.folder.refined_pickle, " and ".join(written)
+    )
+
+
+def _meet_teacher(run: Run) -> None:
+    """Take in the statistics of the teacher's own samples, where the recipe asks for them."""
+    run.parts = with_teacher_samples(run.parts, run.recipe.evaluation, run.folder, run.world)
+
+
+def _starts_from_noise(run: Run) -> bool:
+    """Return whether student and teacher make images from the same latents."""
+    latents = getattr(run.original, "latent_shape", None)
+    return latents == getattr(run.parts.teacher, "image_shape", ())

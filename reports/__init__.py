@@ -1,0 +1,1 @@
+"""A report of a run: data, text, figures, pages."""
