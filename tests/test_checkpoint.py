@@ -545,7 +545,7 @@ sys.path.insert(0, "tests")
 from core.errors import UserError
 from core.run_folder import RunFolder
 from test_checkpoint import begin
-from training import _seal, checkpoint
+from training import _checksum, checkpoint
 
 state, folder = begin(), RunFolder(Path(sys.argv[1]))
 checkpoint.save(state, folder)
