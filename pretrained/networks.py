@@ -150,6 +150,7 @@ def _rebuilt(
     *,
     path: Path,
 ) -> nn.Module:
+    _check_finite(tensors, path=path, family=family)
     module = plugins.load(folder, family)
     network = module.build(config.validate(module.Config, shape, source=f"{path} ({family})"))
     try:
@@ -162,3 +163,14 @@ def _rebuilt(
             f"{path}: its tensors are not those of a {family} network: {detail}"
         ) from error
     return network.eval()
+
+
+def _check_finite(tensors: Mapping[str, Tensor], *, path: Path, family: str) -> None:
+    """Raise UserError that names the tensors with NaN or infinite values."""
+    damaged = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    if damaged:
+        others = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise UserError(
+            f"{path}: {damaged[0]}{others} of its {family} network has values that are not finite "
+            "(NaN or infinite): the training that wrote the file diverged; choose an earlier file"
+        )
