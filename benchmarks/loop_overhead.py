@@ -117,7 +117,7 @@ def measured(
             objective,
             config,
             folder=RunFolder.create(Path(folder), "overhead"),
-            world=World(0, 1, 0, torch.device(device)),
+            world=World.single(device),
             stop_requested=at_the_end_of_a_round,
         )
     return found[1:]

@@ -221,7 +221,7 @@ def _ours(task: Task) -> Iterator[Callable[[], object]]:
     state = state_of(task.network, task.device)
     config = Config(batch_size=task.batch, precision=column.precision, compile=column.compile)
     settings = diff_instruct.Config(shared_batch=column.shared_batch)
-    objective, alone = diff_instruct.build(settings), World(0, 1, 0, device)
+    objective, alone = diff_instruct.build(settings), World.single(device)
     with compiled(state.networks, column.compile, device) as networks:
         yield lambda: list(step.play_round(state, objective, config, trained=networks, world=alone))
 

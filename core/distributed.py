@@ -48,6 +48,11 @@ class World:
     """Rank among the processes of this machine."""
     device: torch.device
 
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> World:
+        """Return the world of a single process without a process group."""
+        return cls(rank=0, size=1, local_rank=0, device=torch.device(device))
+
     @property
     def is_main(self) -> bool:
         """Return whether this is the one process that writes and speaks."""

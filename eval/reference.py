@@ -38,7 +38,7 @@ from eval.metrics import frechet_distance
 from eval.progress import Show, silent
 
 _log = logging.getLogger(__name__)
-_ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+_SINGLE = World.single()
 _OTHER_ZIPS = (".npz", ".pt", ".pth", ".ckpt", ".bin")
 """Names under which torch saves zips that hold no images."""
 
@@ -76,7 +76,7 @@ def reference_statistics(
     keep: measuring.Config | None = None,
     batch_size: int = 250,
     cache: Path | None = None,
-    world: World = _ALONE,
+    world: World = _SINGLE,
     show: Show = silent,
 ) -> Reference:
     """Return the reference of images or of a file of statistics (above), given as a path or a URL.
@@ -159,7 +159,7 @@ def measure(
     sha256: str | None = None,
     keep: measuring.Config | None = None,
     batch_size: int = 250,
-    world: World = _ALONE,
+    world: World = _SINGLE,
     show: Show = silent,
 ) -> Reference:
     """Return the reference of an image set, from the features of all its images.
@@ -206,7 +206,7 @@ def _collected(
 ) -> _Taken:
     """Return what is kept of all images, the same on every rank."""
     if len(images) < 2 * world.size:  # too few for each rank to have an even and an odd one
-        world = replace(_ALONE, device=world.device)
+        world = World.single(world.device)
     share = distributed.shard(len(images), world)
     even, odd = (Collector({"moments"}, images=len(images)) for _ in range(2))
     whole = Collector(

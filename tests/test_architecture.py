@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib.metadata
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from repository import ROOT
+
 MAY_IMPORT = {
     "core": set(),
     "pretrained": {"core"},
@@ -174,6 +176,28 @@ def test_private_modules_stay_in_their_folder() -> None:
         and _folder(name) != "tests"
     ]
     assert wrong == []
+
+
+def test_no_test_imports_another() -> None:
+    """Tests share the modules of tests/support alone."""
+    wrong = [
+        f"{name}:{found.line} imports {found.module}"
+        for name, found in _all_imports()
+        if re.search(r"(^|\.)test_", found.module) and _folder(name) == "tests"
+    ]
+    assert wrong == []
+
+
+def test_modules_of_tests_have_one_name_each() -> None:
+    """Pytest imports them by name; those of support neither hide a library nor a folder of ours."""
+    names = [name.rpartition(".")[2] for name in _trees() if _folder(name) == "tests"]
+    assert sorted(set(names)) == sorted(names)
+    support = {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
+    assert (
+        support
+        & (sys.stdlib_module_names | OURS | importlib.metadata.packages_distributions().keys())
+        == set()
+    )
 
 
 def test_only_the_pickle_reader_imports_pickle() -> None:

@@ -154,7 +154,7 @@ def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
 def _suite(metrics: tuple[str, ...], *, batch_size: int) -> suite.Suite:
     """Return these metrics against the real digits."""
     extractor = features.load("mnist32")
-    world = World(rank=0, size=1, local_rank=0, device=extractor.device)
+    world = World.single(extractor.device)
     real = reference.read_npz(HERE / "reference.npz", extractor)
     definitions = measuring.Config()
     requests = measuring.parse(metrics)
