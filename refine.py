@@ -30,17 +30,18 @@ import click
 
 from core import config, distributed
 from core.cli import one_sentence, set_up_logging
+from core.disk import atomic_write
 from core.distributed import World
 from core.downloads import cache_path
 from core.errors import UserError
 from core.precision import rounding_products
-from core.run_folder import RunFolder, atomic_write
+from core.run_folder import RunFolder
 from eval import features
 from refinement.components import SAMPLED, found, load_parts
 from refinement.job_restart import begun_run, note_job
 from refinement.pipeline import finish, train
 from refinement.recipe import Recipe, read_recipe
-from refinement.run import Run, note_session, open_run
+from refinement.run import Run, log_session, open_run
 from refinement.runs_table import table as listed_runs
 from refinement.signals import ending_at_once, leave, run_as_process
 from reports import text
@@ -219,7 +220,7 @@ def _saying_what_is_saved(run: Run) -> Iterator[None]:
     except (trainer.Interrupted, KeyboardInterrupt):
         if not run.world.is_main:
             leave()
-        note_session(run)
+        log_session(run)
         leave(f"stopped; {_saved(run)}; {_go_on(run.folder)}")
     except trainer.Diverged as error:
         how = f"see how good that is with: python refine.py --report {run.folder.path}"

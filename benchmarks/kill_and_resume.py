@@ -29,6 +29,7 @@ import click
 
 from core.errors import UserError
 from core.run_folder import RunFolder
+from core.run_log import Evaluation
 from training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ SETTINGS = (
     f"training.duration_kimg={IMAGES / 1000}",
     "training.batch_size=16",
     "training.ema_halflife_kimg=0.2",
-    "training.readings_every_kimg=0.064",
+    "training.stats_every_kimg=0.064",
     "training.checkpoint_every_kimg=0.064",
     "evaluation.images=200",
     "evaluation.seeds=1",
@@ -258,8 +259,8 @@ def _difference(run: RunFolder, expected: RunFolder) -> str:
 
 
 def _curve(folder: RunFolder) -> list[object]:
-    rows = folder.read_readings()
-    return [(row["images_seen"], row["measured"]) for row in rows if "measured" in row]
+    rows = folder.log.all(Evaluation)
+    return [(row.images_seen, row.metrics) for row in rows if row.when == "training"]
 
 
 def _shown(tally: Tally) -> str:

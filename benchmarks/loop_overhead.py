@@ -97,7 +97,7 @@ def measured(
         duration_kimg=(rounds + 1) * batch / 1000,
         batch_size=batch,
         precision=settings.precision,
-        readings_every_kimg=batch / 1000,
+        stats_every_kimg=batch / 1000,
         checkpoint_every_kimg=0,
     )
     objective = diff_instruct.build(diff_instruct.Config(shared_batch=settings.shared_batch))
@@ -112,14 +112,14 @@ def measured(
         return False
 
     with tempfile.TemporaryDirectory() as folder, _timed(state, watch):
-        trainer.train(
+        trainer.Trainer(
             state,
             objective,
             config,
             folder=RunFolder.create(Path(folder), "overhead"),
             world=World.single(device),
             stop_requested=at_the_end_of_a_round,
-        )
+        ).train()
     return found[1:]
 
 
@@ -142,7 +142,7 @@ def _timed(state: trainer.TrainState, watch: Stopwatch) -> Iterator[None]:
             (Draws, "normal", "draws"),
             (Draws, "uniform", "draws"),
             (step, "_checked_norms", "gradient norms and check"),
-            (step, "follow", "moving average"),
+            (step, "update_ema", "moving average"),
         )
     ]
     for patch in patches:

@@ -56,14 +56,18 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
         before = _held(world)
         state = state_of(SHAPES[shape], str(world.device), shard=names, world=world)
         config = Config.model_validate({"batch_size": world.size, "shard": names})
-        trained, seconds = rounds.wrapped(state.networks, state, world), []
+        trained, seconds = rounds.wrap_for_ranks(state.networks, state, world), []
         objective = diff_instruct.build(diff_instruct.Config())
         teachers = [state.networks.teacher] if "teacher" in names else []
         with fsdp.sharded(teachers, world):
             _held(world)
             for _ in range(rounds):
                 started = time.perf_counter()
-                list(rounds.play_round(state, objective, config, trained=trained, world=world))
+                list(
+                    rounds.training_iteration(
+                        state, objective, config, trained=trained, world=world
+                    )
+                )
                 if world.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)

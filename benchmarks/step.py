@@ -223,7 +223,9 @@ def _ours(task: Task) -> Iterator[Callable[[], object]]:
     settings = diff_instruct.Config(shared_batch=column.shared_batch)
     objective, alone = diff_instruct.build(settings), World.single(device)
     with compiled(state.networks, column.compile, device) as networks:
-        yield lambda: list(step.play_round(state, objective, config, trained=networks, world=alone))
+        yield lambda: list(
+            step.training_iteration(state, objective, config, trained=networks, world=alone)
+        )
 
 
 def state_of(

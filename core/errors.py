@@ -1,7 +1,9 @@
-"""The one exception that stands for bad input: refine.py prints it in a sentence and exits with
-code 2.
-"""
+"""Exceptions that cross folders: bad input, and a cancelled evaluation."""
 
 
 class UserError(Exception):
-    """Bad input from outside: what came, what was expected, what to do. Never a bug of ours."""
+    """Bad input: value, expectation and remedy in a sentence; exit code 2. Never a bug of ours."""
+
+
+class EvaluationCancelled(Exception):
+    """A request to stop arrived during an evaluation; every rank raises this."""

@@ -75,7 +75,7 @@ class LossOutput:
 
     per_image: Tensor
     """[N] float32, with graph."""
-    readings: Mapping[str, Tensor]
+    stats: Mapping[str, Tensor]
     """Name -> 0-dim detached tensor, a mean over these images."""
 
 

@@ -1,44 +1,27 @@
-"""A run's folder: its paths, its readings, and files that appear whole or not at all.
+"""A run's folder: its paths, its log, and the lock of the one process that may write to it.
 
-    runs/00000-NAME/: recipe.yaml readings.jsonl checkpoints/ samples/ student.safetensors report/
+    runs/00000-NAME/: recipe.yaml stats.jsonl checkpoints/ samples/ student.safetensors report/
 
-Every file that is replaced while a run goes on goes through `atomic_write`: a full disk or a power
-cut leaves the previous file as it was. Who writes to a run holds it (`RunFolder.exclusive`), so
-that no second process does. What stands *in* checkpoints is their writer's concern.
+Every file that is replaced during a run goes through `core.disk.atomic_write`: a full disk or a
+power cut leaves the previous file as it was. The content of checkpoints is their writer's concern.
 """
 
 from __future__ import annotations
 
-import errno
 import itertools
-import json
 import os
 import re
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from core import _lock
 from core._lock import Held, Lock
+from core.disk import flush, writing
 from core.errors import UserError
-
-_REMEDIES = {
-    errno.ENOSPC: "free some space there, or write elsewhere with --outdir",
-    errno.EDQUOT: "free some of your quota, or write elsewhere with --outdir",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EIO: "the disk or the way to it fails: see to it, or write elsewhere with --outdir",
-    errno.ESTALE: "the folder is gone from its server: mount it anew",
-    errno.EROFS: "choose a folder that can be written to with --outdir",
-    errno.EACCES: "choose a folder that you may write to with --outdir",
-    errno.EPERM: "choose a folder that you may write to with --outdir",
-    errno.ENOTDIR: "choose a folder with --outdir",
-    errno.EEXIST: "choose a folder with --outdir",
-    errno.EISDIR: "name a file, not a folder",
-}
+from core.run_log import RunLog
 
 
 @dataclass(frozen=True)
@@ -58,9 +41,9 @@ class RunFolder:
         return self.path / "job.txt"
 
     @property
-    def readings(self) -> Path:
-        """Return the path of the readings, one JSON object a line."""
-        return self.path / "readings.jsonl"
+    def log(self) -> RunLog:
+        """Return the run's log: stats, evaluations, sessions, rollbacks."""
+        return RunLog(self.path / "stats.jsonl")
 
     @property
     def checkpoints(self) -> Path:
@@ -100,18 +83,23 @@ class RunFolder:
         """
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise UserError(f"run name {name!r}: expected letters, digits and _ . + - only")
-        with _writing(outdir):
+        with writing(outdir):
             outdir.mkdir(parents=True, exist_ok=True)
             folder = cls(_numbered(outdir, name))
             for below in (folder.checkpoints, folder.samples, folder.report):
                 below.mkdir()
-            _flush(outdir)
+            flush(outdir)
         return folder
 
     @classmethod
     def open_existing(cls, path: Path) -> RunFolder:
         """Return the folder of an earlier run. Raises UserError where there is none."""
         folder = cls(path)
+        if (path / "readings.jsonl").exists():
+            raise UserError(
+                f"{path}: a run of an earlier version of this program, whose log is readings.jsonl "
+                "(now stats.jsonl): finish it with that version, or start again from its recipe"
+            )
         if folder.recipe.is_file():
             return folder
         if not path.exists():
@@ -129,7 +117,7 @@ class RunFolder:
         """
         path = self.path / ".lock"
         try:
-            with _writing(path):
+            with writing(path):
                 lock = Lock.acquire(path)
         except Held as holder:
             raise UserError(
@@ -146,87 +134,6 @@ class RunFolder:
     def holder(self) -> str | None:
         """Return which process holds the run; None where none does, as far as can be known."""
         return _lock.holder(self.path / ".lock")
-
-    def append_reading(self, reading: Mapping[str, object]) -> None:
-        """Add one line to the readings. It has `images_seen`; a non-finite number is our bug."""
-        assert "images_seen" in reading, reading
-        line = json.dumps(dict(reading), allow_nan=False)
-        with _writing(self.readings), self.readings.open("ab+") as file:
-            _drop_cut_line(file)
-            file.write(f"{line}\n".encode())
-
-    def flush_readings(self) -> None:
-        """Have the readings so far on the disk: what goes on from here counts on them."""
-        if self.readings.exists():
-            with _writing(self.readings):
-                _flush(self.readings)
-
-    def read_readings(self) -> list[dict[str, object]]:
-        """Return all readings, oldest first, without a last line that was cut off while written."""
-        if not self.readings.exists():
-            return []
-        lines = self.readings.read_text(encoding="utf-8").split("\n")
-        rows = []
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was cut
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{self.readings}, line {number}: expected a JSON object, got {line[:60]!r}; "
-                    "remove that line"
-                ) from error
-        return rows
-
-    def keep_readings_until(
-        self, images_seen: int, *, then: Sequence[Mapping[str, object]] = ()
-    ) -> None:
-        """Drop the readings later than a checkpoint, which will be written again, and add others;
-        all at once. That a run went back (`rollback`) is never dropped.
-        """
-        rows: list[Mapping[str, object]] = [
-            row
-            for row in self.read_readings()
-            if _images_seen(row) <= images_seen or "rollback" in row
-        ]
-        lines = [json.dumps(dict(row), allow_nan=False) for row in (*rows, *then)]
-        with atomic_write(self.readings) as partial:
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; if the block ends well, the file moves to its place, else it goes.
-
-    The yielded path has the same name, in a hidden folder beside. A disk that is full or may not be
-    written to becomes a UserError, whichever library noticed it: torch and safetensors raise errors
-    of their own, so an error's text is searched and one more block of the same file is tried.
-    """
-    folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial = folder / path.name
-    with _writing(path):
-        folder.mkdir(parents=True)
-        try:
-            yield partial
-            _flush(partial)
-            os.replace(partial, path)
-            _flush(path.parent)
-        except Exception as error:
-            _raise_disk_error(error, partial)
-            raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn what the user can mend about a disk into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
-        remedy = _REMEDIES[error.errno]
-        raise UserError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
 
 
 def _numbered(outdir: Path, name: str) -> Path:
@@ -248,36 +155,3 @@ def _numbered(outdir: Path, name: str) -> Path:
             continue
         return claim.rename(outdir / f"{number:05d}-{name}")
     raise AssertionError("numbers do not end")
-
-
-def _images_seen(row: Mapping[str, object]) -> int:
-    images_seen = row["images_seen"]
-    assert isinstance(images_seen, int), row
-    return images_seen
-
-
-def _drop_cut_line(file: BinaryIO) -> None:
-    """Remove what stands behind the last newline: the line of a writer that could not end it."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(size - 1, 0))
-    if file.read() not in (b"", b"\n"):
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _flush(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _raise_disk_error(error: Exception, path: Path) -> None:
-    """Raise the OSError that made a library fail to write a file, if it was one."""
-    if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors quotes it
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-    if path.parent.is_dir() and not path.is_dir():
-        with path.open("ab") as file:
-            file.write(bytes(1 << 20))

@@ -28,8 +28,8 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from core.disk import atomic_write
 from core.errors import UserError
-from core.run_folder import atomic_write
 from data import _cifar, _folders, _mnist
 from data._files import CLASS_NAMES, LABELS_FILE, UNREADABLE
 from data._folders import Labelling

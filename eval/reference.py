@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from core import distributed
+from core.disk import atomic_write
 from core.distributed import World
 from core.downloads import cache_path, local_file, sha256_of
 from core.errors import UserError
-from core.run_folder import atomic_write
 from data.images import Images
 from eval import _published_sets, measuring
 from eval.collecting import Collected, Collector, kept_indices, merged_over_ranks

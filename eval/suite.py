@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from core.config import Section
 from core.distributed import World, any_rank, gather_rows, shard
-from core.errors import UserError
+from core.errors import EvaluationCancelled, UserError
 from eval import features, measuring, path_length, progress, reference
 from eval.collecting import Collected, Need, merged_over_ranks
 from eval.features import Extractor
@@ -69,10 +69,6 @@ class Config(Section):
         except UserError as error:
             raise ValueError(str(error)) from error
         return names
-
-
-class GivenUp(Exception):
-    """The measurement was asked to stop, on some rank; all ranks have given it up."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class Suite:
         for batch in self._features(images_of, seeds, advance):
             taken.add(batch)
         if any_rank(self.stop_requested(), self.world):
-            raise GivenUp
+            raise EvaluationCancelled
         return merged_over_ranks(taken.collected, self.world)
 
     def features(self, images_of: ImagesOf, seeds: Sequence[int]) -> Tensor:
@@ -178,7 +174,7 @@ class Suite:
         """Return each metric on `seeds` disjoint sets of images.
 
         Set k holds the images of seeds first_seed + k * images and following. student: whose
-        latents are walked for path lengths; None leaves them out. Raises GivenUp.
+        latents are walked for path lengths; None leaves them out. Raises EvaluationCancelled.
         """
         looks_at_features = set(self.metrics) != {"ppl"}
         walks = student is not None and "ppl" in self.metrics

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from core.disk import atomic_write
 from core.errors import UserError
-from core.run_folder import atomic_write
 from custom_ops import backend
 from pretrained import networks
 

@@ -164,8 +164,8 @@ def shared_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutp
         score = networks.score(noisy, sigma, made.labels)
     of_score = denoising_loss(score, images, sigma, sigma_data=config.sigma_data)
     of_student = _surrogate(made.images, score.detach(), teacher, sigma, config=config)
-    readings = {**of_score.readings, **of_student.readings}
-    return LossOutput(of_score.per_image + of_student.per_image, readings)
+    stats = {**of_score.stats, **of_student.stats}
+    return LossOutput(of_score.per_image + of_student.per_image, stats)
 
 
 def _denoised(

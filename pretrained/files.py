@@ -16,9 +16,9 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from core.disk import atomic_write
 from core.downloads import sha256_of
 from core.errors import UserError
-from core.run_folder import atomic_write
 from pretrained import nvidia_pickle
 from pretrained.nvidia_pickle import NetworkRecord
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from core.disk import atomic_write
 from core.errors import UserError
-from core.run_folder import atomic_write
 from pretrained import nvidia_pickle
 from pretrained.nvidia_pickle import Content, StoredTensor
 

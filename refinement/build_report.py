@@ -1,37 +1,47 @@
-"""What a run's report says: gathered from its readings, its recipe and what was loaded."""
+"""The data of a run's report, from its log, its recipe and its components."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
-from typing import cast
 
 import torch
 
 from core.downloads import local_file, sha256_of
+from core.run_log import (
+    Best,
+    Divergence,
+    EarlyStop,
+    Evaluation,
+    Rollback,
+    Row,
+    Session,
+    Stats,
+    of_kind,
+)
 from eval import edm_sampler, provenance, reference, samples
 from eval.collecting import kept_indices
 from eval.likeness import Drift, Nearness
 from eval.suite import size
 from refinement.adapter import Downsample
 from refinement.components import SAMPLED, Parts, found
-from refinement.evaluation import likeness, noted, teacher_scores
+from refinement.evaluation import logged_comparison, logged_metrics, teacher_scores
 from refinement.recipe import NetworkSection, Recipe
 from refinement.run import Run, now, total_seconds
 from reports import data
 
 
 def report_of(run: Run) -> data.Report:
-    """Return the report's data, from the readings up to here and what was loaded."""
+    """Return the report of a run, from the rows of its log up to its last checkpoint."""
     recipe, parts, at = run.recipe, run.parts, run.state.images_seen
-    every = run.folder.read_readings()
-    rows = [row for row in every if cast(int, row["images_seen"]) <= at]
-    sessions = [cast(dict, row["session"]) for row in rows if "session" in row]
+    every = run.folder.log.rows()
+    rows = [row for row in every if row.images_seen <= at]
+    sessions = of_kind(rows, Session)
     real = parts.suite and parts.suite.real
     return data.Report(
         name=recipe.name,
-        before=noted(run.folder, "before", 0) or {},
-        after=noted(run.folder, "after", at) or {},
+        before=logged_metrics(run.folder, "before", 0) or {},
+        after=logged_metrics(run.folder, "after", at) or {},
         images=recipe.evaluation.images,
         first_seed=0,
         reference=real and provenance.ReferenceName.of(real),
@@ -44,13 +54,13 @@ def report_of(run: Run) -> data.Report:
         teacher=data.File(**_teacher_file(recipe)),
         sampler=_sampler(run),
         images_seen=at,
-        started_at=min((session["started_at"] for session in sessions), default=run.started_at),
-        finished_at=max((session["finished_at"] for session in sessions), default=now()),
+        started_at=min((session.started_at for session in sessions), default=run.started_at),
+        finished_at=max((session.finished_at for session in sessions), default=now()),
         durations_seconds=total_seconds(sessions),
-        timed_images=sum(session.get("images", 0) for session in sessions) or None,
+        timed_images=sum(session.images for session in sessions) or None,
         curve=_curve(run, rows),
-        drift=likeness(run.folder, "drift", Drift, at),
-        nearness=likeness(run.folder, "nearness", Nearness, at),
+        drift=logged_comparison(run.folder, Drift, at),
+        nearness=logged_comparison(run.folder, Nearness, at),
         teacher_sees=_teacher_sees(parts),
         pair_seeds=tuple(pair_seeds(run)),
         notes=tuple(notes(every)),
@@ -130,48 +140,50 @@ def _teacher_sees(parts: Parts) -> str | None:
     return size(parts.adapter.image_shape) if isinstance(parts.adapter, Downsample) else None
 
 
-def notes(rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
-    """Yield what happened while training that a reader must know."""
-    skipped = [v for row in rows for k, v in row.items() if k.endswith("_skipped")]
+def notes(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield remarks on the training that a reader of the report needs."""
+    stats = of_kind(rows, Stats)
+    skipped = [v for row in stats for k, v in row.values.items() if k.endswith("_skipped")]
     if any(skipped):
-        share = fmean(cast(list[float], skipped))
-        yield f"{share:.1%} of the updates were left out: their gradients overflowed float16."
+        yield (
+            f"{fmean(skipped):.1%} of the updates were left out: their gradients overflowed "
+            "float16."
+        )
     for row in rows:
-        if "rollback" in row:
-            back = cast(dict, row["rollback"])
-            yield (
-                f"The run diverged and went back from {back['from_images_seen']:,} to "
-                f"{back['to_images_seen']:,} images ({back['why']}); learning rates were "
-                f"{back['lr_scale']:g} times the recipe's from there on."
-            )
-        if "diverged" in row:
-            yield f"Training stopped because it diverged: {cast(dict, row['diverged'])['why']}."
-        if "early_stop" in row:
-            best = cast(dict, row["early_stop"])
-            yield (
-                f"The run ended early, as its recipe asks: {best['metric']} had not improved since "
-                f"{best['at_images_seen']:,} images."
-            )
-        if "best" in row:
-            best = cast(dict, row["best"])
-            yield (
-                f"The end is not the best that was measured: {best['metric']} was "
-                f"{best['value']:.4g} after {best['at_images_seen']:,} images, kept in "
-                f"`{best['checkpoint']}`."
-            )
+        match row:
+            case Rollback():
+                yield (
+                    f"The run diverged and went back from {row.from_images_seen:,} to "
+                    f"{row.images_seen:,} images ({row.why}); learning rates were "
+                    f"{row.lr_scale:g} times the recipe's from there on."
+                )
+            case Divergence():
+                yield f"Training stopped because it diverged: {row.why}."
+            case EarlyStop():
+                yield (
+                    f"The run ended early, as its recipe asks: {row.metric} had not improved since "
+                    f"{row.at_images_seen:,} images."
+                )
+            case Best():
+                yield (
+                    f"The end is not the best that was measured: {row.metric} was "
+                    f"{row.value:.4g} after {row.at_images_seen:,} images, kept in "
+                    f"`{row.checkpoint}`."
+                )
 
 
-def _curve(run: Run, rows: Sequence[Mapping[str, object]]) -> data.Curve:
-    """Return the first metric that was measured while training."""
-    measured = [
-        (cast(int, row["images_seen"]), row["measured"]) for row in rows if row.get("measured")
+def _curve(run: Run, rows: Sequence[Row]) -> data.Curve:
+    """Return the headline metric over images seen."""
+    points = [
+        (row.images_seen, row.means)
+        for row in of_kind(rows, Evaluation)
+        if row.when == "training" and row.metrics
     ]
-    points = [(seen, cast(dict[str, float], scores)) for seen, scores in measured]
     if not points:
         return data.Curve()
     metric = next(iter(points[0][1]))
     return data.Curve(
         metric,
-        tuple(data.CurvePoint(seen, scores[metric]) for seen, scores in points),
+        tuple(data.CurvePoint(images_seen, scores[metric]) for images_seen, scores in points),
         run.recipe.evaluation.images_while_training,
     )

@@ -1,140 +1,154 @@
-"""What a run measures, before, while and after; written to its readings, so that a resumed run or a
-new report measures nothing twice.
+"""The evaluations of a run, before, while and after training; each logged once.
+
+A resumed run or a rebuilt report reads the log and evaluates nothing twice.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import TypeAdapter
 from torch import nn
 
 from core import distributed
-from core.run_folder import RunFolder, atomic_write
+from core.disk import atomic_write
+from core.run_folder import RunFolder
+from core.run_log import Evaluation, ImageComparison
 from eval import samples
 from eval.likeness import Drift, Nearness, drift, nearness
 from eval.metrics import MetricResult
-from eval.suite import GivenUp
-from refinement.run import Run, append, timed
+from refinement.run import Run, timed
 from reports import figures
 from training.state import TrainState
 
 T = TypeVar("T", Drift, Nearness)
 COMPARED_IMAGES = 1000
-"""Latents at most whose images are compared one by one: before with after, after with real."""
+"""Most latents whose images are compared one by one."""
 _log = logging.getLogger(__name__)
 
 
-def measure(run: Run, when: str, student: nn.Module) -> None:
-    """Measure "before" or "after" on all seeds and write it down, unless that was done."""
+def evaluate(run: Run, when: Literal["before", "after"], student: nn.Module) -> None:
+    """Evaluate a student on all seeds and log the metrics, unless the log holds them already."""
     images_seen = 0 if when == "before" else run.state.images_seen
     suite = run.parts.suite
     if suite is None:
         return
-    if distributed.from_main(noted(run.folder, when, images_seen), run.world) is not None:
+    is_logged = logged_metrics(run.folder, when, images_seen) is not None
+    if distributed.from_main(is_logged, run.world):
         return
+
     settings = run.recipe.evaluation
     _log.info("measuring %s: %d x %d images", when, settings.seeds, settings.images)
     with timed(run, when):
-        found = suite.over_seeds(
+        results = suite.over_seeds(
             run.parts.images_of(student),
             images=settings.images,
             seeds=settings.seeds,
             student=student,
         )
-    values = {metric: list(result.values) for metric, result in found.items()}
-    append(run, {when: values}, images_seen=images_seen)
+    if run.world.is_main:
+        values = {metric: result.values for metric, result in results.items()}
+        run.folder.log.append(Evaluation(images_seen=images_seen, when=when, metrics=values))
 
 
-def noted(folder: RunFolder, when: str, images_seen: int) -> dict[str, MetricResult] | None:
-    """Return the metrics that the readings hold for this point of the run, if any."""
-    found = _row(folder, when, images_seen)
-    if found is None:
+def logged_metrics(
+    folder: RunFolder, when: Literal["before", "after"], images_seen: int
+) -> dict[str, MetricResult] | None:
+    """Return the logged metrics of this point of the run, if any."""
+    row = folder.log.last(Evaluation, when=when, images_seen=images_seen)
+    if row is None:
         return None
-    values = cast(Mapping[str, list[float]], found)
-    return {name: MetricResult.of(value) for name, value in values.items()}
+    return {name: MetricResult.of(values) for name, values in row.metrics.items()}
 
 
-def begin_curve(run: Run) -> None:
-    """Measure at the start, unless an earlier process did."""
-    is_begun = any("measured" in row for row in run.folder.read_readings())
-    if run.recipe.evaluation.every_kimg > 0 and not distributed.from_main(is_begun, run.world):
-        append(run, {"measured": while_training(run, run.state)})
+def start_curve(run: Run) -> None:
+    """Evaluate at the start of training, unless an earlier process did."""
+    has_curve = run.folder.log.last(Evaluation, when="training") is not None
+    if run.recipe.evaluation.every_kimg == 0 or distributed.from_main(has_curve, run.world):
+        return
+    scores = while_training(run, run.state)
+    if run.world.is_main:
+        values = {name: (value,) for name, value in scores.items()}
+        row = Evaluation(images_seen=run.state.images_seen, when="training", metrics=values)
+        run.folder.log.append(row)
 
 
 def while_training(
     run: Run, state: TrainState, *, stop_requested: Callable[[], bool] = lambda: False
-) -> dict[str, float] | None:
-    """Return the metrics of fewer images, if any are wanted, and write a sample grid; None where
-    a request to stop came before its end. The last measurement goes to its end.
+) -> dict[str, float]:
+    """Return the metrics of fewer images, if the recipe wants any, and write a sample grid.
+
+    Raises EvaluationCancelled at a request to stop, except after the last iteration.
     """
     settings = run.recipe.evaluation
     images_of = run.parts.images_of(state.student_ema)
+
+    # a grid of samples, by rank 0
     if run.world.is_main:
         seeds, size = samples.pair_seeds(state.student_ema, 100), settings.batch_size
         parts = [images_of(seeds[start : start + size]).cpu() for start in range(0, 100, size)]
         images = torch.cat(parts)
         with atomic_write(run.folder.samples / f"{state.images_seen:012d}.png") as partial:
             partial.write_bytes(figures.grid_picture(images, columns=10))
+
+    # metrics, by all ranks
     count = settings.images_while_training
     suite = run.parts.suite and run.parts.suite.while_training(images=count)
     if settings.every_kimg == 0 or suite is None:
         return {}
     if state.images_seen < run.recipe.training.total_images:
         suite = replace(suite, stop_requested=stop_requested)
-    try:
-        found = suite.over_seeds(images_of, images=count)
-    except GivenUp:
-        return None
-    return {metric: result.mean for metric, result in found.items()}
+    results = suite.over_seeds(images_of, images=count)
+    return {metric: result.mean for metric, result in results.items()}
 
 
 def compare(run: Run, student: nn.Module) -> None:
-    """Compare images one by one, before with after and after with real ones, and write it down,
-    unless that was done. What a teacher made before it was taught is not compared.
+    """Compare images one by one, before with after and after with real ones, and log the results.
+
+    Skipped where the log holds them. A denoiser that began as noise is not compared with itself.
     """
     suite, images_seen = run.parts.suite, run.state.images_seen
     real = suite.real.features if suite is not None and suite.real is not None else None
     drifts = run.recipe.mode != "teach"
     if suite is None or not (drifts or real is not None):
         return
-    done = _row(run.folder, "drift" if drifts else "nearness", images_seen) is not None
-    if distributed.from_main(done, run.world):
+    kind = Drift if drifts else Nearness
+    is_logged = logged_comparison(run.folder, kind, images_seen) is not None
+    if distributed.from_main(is_logged, run.world):
         return
+
     seeds = range(max(2, run.world.size, min(COMPARED_IMAGES, run.recipe.evaluation.images)))
-    row: dict[str, object] = {}
+    results: list[Drift | Nearness] = []
     with timed(run, "comparison"):
         device = suite.extractor.device
         after = suite.features(run.parts.images_of(student), seeds).to(device)
         if drifts:
             before = suite.features(run.parts.images_of(run.original), seeds).to(device)
-            row["drift"] = asdict(drift(before, after))
+            results.append(drift(before, after))
         if real is not None:
-            row["nearness"] = asdict(nearness(after, real.to(device)))
-    append(run, row)
+            results.append(nearness(after, real.to(device)))
+    if run.world.is_main:
+        for result in results:
+            row = ImageComparison(
+                images_seen=images_seen, name=type(result).__name__.lower(), result=asdict(result)
+            )
+            run.folder.log.append(row)
 
 
-def likeness(folder: RunFolder, name: str, kind: type[T], images_seen: int) -> T | None:
-    """Return the comparison of that name that the readings hold for this point, if any."""
-    found = _row(folder, name, images_seen)
-    return None if found is None else TypeAdapter(kind).validate_python(found)
+def logged_comparison(folder: RunFolder, kind: type[T], images_seen: int) -> T | None:
+    """Return the logged comparison of that kind at this point of the run, if any."""
+    name = kind.__name__.lower()
+    row = folder.log.last(ImageComparison, name=name, images_seen=images_seen)
+    return None if row is None else TypeAdapter(kind).validate_python(row.result)
 
 
 def teacher_scores(run: Run) -> dict[str, float]:
-    """Return what the teacher's own samples are worth, by each metric that they tell."""
-    suite, made = run.parts.suite, run.parts.teacher_samples
-    if suite is None or made is None or made is suite.real:
+    """Return the metrics of the teacher's own samples, as far as their statistics give them."""
+    suite, teacher = run.parts.suite, run.parts.teacher_samples
+    if suite is None or teacher is None or teacher is suite.real:
         return {}
-    return suite.of_stored(made)
-
-
-def _row(folder: RunFolder, name: str, images_seen: int) -> object | None:
-    """Return the last reading of that name at this point of the run."""
-    for row in reversed(folder.read_readings()):
-        if name in row and row["images_seen"] == images_seen:
-            return row[name]
-    return None
+    return suite.of_stored(teacher)

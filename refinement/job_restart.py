@@ -11,7 +11,8 @@ import os
 import socket
 from pathlib import Path
 
-from core.run_folder import RunFolder, atomic_write
+from core.disk import atomic_write
+from core.run_folder import RunFolder
 
 _RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "Slurm": "SLURM_RESTART_COUNT"}
 """Starter -> the variable that counts its starts of this job, from 0."""

@@ -17,7 +17,7 @@ from eval import samples
 from pretrained import files, networks
 from refinement import build_report, evaluation
 from refinement.components import found, with_teacher_samples
-from refinement.run import Run, note_session, timed
+from refinement.run import Run, log_session, timed
 from refinement.signals import stop_signal
 from reports import data, write
 from training import trainer
@@ -30,33 +30,34 @@ def train(run: Run) -> None:
     stop.
     """
     if run.world.is_main:
-        run.folder.keep_readings_until(run.state.images_seen)
+        run.folder.log.keep_until(run.state.images_seen)
     distributed.barrier(run.world)
     _meet_teacher(run)
-    evaluation.measure(run, "before", run.original)
+    evaluation.evaluate(run, "before", run.original)
     if run.state.images_seen >= run.recipe.training.total_images:
         return
     with timed(run, "training"):
-        evaluation.begin_curve(run)
+        evaluation.start_curve(run)
         with stop_signal() as stop_requested:
-            trainer.train(
+            trainer.Trainer(
                 run.state,
                 run.parts.objective,
                 run.recipe.training,
                 folder=run.folder,
                 world=run.world,
-                measure=lambda state: evaluation.while_training(
+                evaluate=lambda state: evaluation.while_training(
                     run, state, stop_requested=stop_requested
                 ),
-                measure_every_kimg=run.recipe.evaluation.every_kimg,
+                evaluate_every_kimg=run.recipe.evaluation.every_kimg,
+                watched=run.recipe.watched_metric,
                 stop_requested=stop_requested,
-            )
+            ).train()
 
 
 def finish(run: Run) -> data.Report:
     """Return the report of the run as it stands, after writing it and the refined weights."""
     _meet_teacher(run)
-    evaluation.measure(run, "before", run.original)
+    evaluation.evaluate(run, "before", run.original)
     student = copy.deepcopy(run.state.student_ema)
     if hasattr(student, "settle"):
         student.settle()
@@ -67,9 +68,9 @@ def finish(run: Run) -> data.Report:
         }
         networks.save(run.folder.student, student, provenance=provenance)
         _save_refined_pickle(run, student)
-    evaluation.measure(run, "after", student)
+    evaluation.evaluate(run, "after", student)
     evaluation.compare(run, student)
-    note_session(run)
+    log_session(run)
     made = build_report.report_of(run)
     if run.world.is_main:
         near = build_report.neighbours(run, made, run.parts.images_of(student))

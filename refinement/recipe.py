@@ -112,7 +112,7 @@ class Recipe(Section):
                 f"{asks} needs measurements while training: set evaluation.every_kimg, or leave it "
                 "out"
             )
-        watched, known = keep.best or "fid", self._measured_while_training()
+        watched, known = self.watched_metric.name, self._measured_while_training()
         if watched not in known:
             raise ValueError(
                 f"{asks} watches {watched!r}, which is not measured while training: choose one of "
@@ -120,7 +120,7 @@ class Recipe(Section):
                 "from evaluation.metrics, reference and images_while_training"
             )
         better = "lowest" if METRICS[watched].better == "lower" else "highest"
-        if keep.best_is != better:
+        if keep.best is not None and keep.best_is != better:
             raise ValueError(
                 f"training.keep.best_is is {keep.best_is}, and of {watched} the {better} is best"
             )
@@ -136,6 +136,18 @@ class Recipe(Section):
             and (settings.reference is not None or not METRICS[metric].compares)
             and least_images(metric, settings.definitions) <= settings.images_while_training
         ]
+
+    @property
+    def watched_metric(self) -> WatchedMetric:
+        """The metric that tells divergence, early stop and the best checkpoint.
+
+        That of training.keep.best, or else the headline: the first of evaluation.metrics.
+        """
+        keep = self.training.keep
+        if keep.best is not None:
+            return WatchedMetric(keep.best, highest=keep.best_is == "highest")
+        headline = parse(self.evaluation.metrics)[0].metrics[0]
+        return WatchedMetric(headline, highest=METRICS[headline].better == "higher")
 
     @property
     def mode(self) -> Mode:

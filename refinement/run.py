@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,6 +15,7 @@ from torch import nn
 from core.distributed import World
 from core.roles import Networks
 from core.run_folder import RunFolder
+from core.run_log import Session
 from refinement.components import Parts
 from refinement.recipe import Recipe
 from training import checkpoint
@@ -66,16 +67,9 @@ def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> R
     return Run(recipe, parts, folder, world, original, state, state.images_seen)
 
 
-def append(run: Run, row: Mapping[str, object], *, images_seen: int | None = None) -> None:
-    """Write a row of readings, of where the run stands or of an earlier point; rank 0 does."""
-    if run.world.is_main:
-        at = run.state.images_seen if images_seen is None else images_seen
-        run.folder.append_reading({"images_seen": at, **row})
-
-
 @contextmanager
 def timed(run: Run, part: str) -> Iterator[None]:
-    """Note how long the body took."""
+    """Add the duration of the body to this process's seconds, under that part's name."""
     started = time.monotonic()
     try:
         yield
@@ -83,15 +77,20 @@ def timed(run: Run, part: str) -> Iterator[None]:
         run.seconds[part] = round(time.monotonic() - started, 1)
 
 
-def note_session(run: Run) -> None:
-    """Write down how long this process worked on the run, if it did."""
-    if run.seconds:
-        images = run.state.images_seen - run.images_before
-        times = {"started_at": run.started_at, "finished_at": now(), "seconds": run.seconds}
-        append(run, {"session": {**times, "images": images}})
+def log_session(run: Run) -> None:
+    """Log this process's work on the run, if it did any."""
+    if run.seconds and run.world.is_main:
+        session = Session(
+            images_seen=run.state.images_seen,
+            started_at=run.started_at,
+            finished_at=now(),
+            seconds=run.seconds,
+            images=run.state.images_seen - run.images_before,
+        )
+        run.folder.log.append(session)
 
 
-def total_seconds(sessions: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-    """Return the time of each part of the work, over all processes that worked on the run."""
-    parts = dict.fromkeys(name for session in sessions for name in session["seconds"])
-    return {part: sum(s["seconds"].get(part, 0.0) for s in sessions) for part in parts}
+def total_seconds(sessions: Sequence[Session]) -> dict[str, float]:
+    """Return the seconds of each part of the work, over all processes that worked on the run."""
+    parts = dict.fromkeys(name for session in sessions for name in session.seconds)
+    return {part: sum(s.seconds.get(part, 0.0) for s in sessions) for part in parts}

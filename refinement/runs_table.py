@@ -1,23 +1,21 @@
-"""The runs in a folder as a table: what each is, how far it is, and what it is worth so far.
+"""`--list`: the runs in a folder as a table, with the state, progress and metric of each.
 
-Read from what runs leave: recipe, readings, checkpoints and the lock. Nothing is loaded, nothing is
-written; a run that cannot be read is named with the reason.
+Read from recipe, log, checkpoints and lock. Nothing is loaded, nothing is written; a run that
+cannot be read is named with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from core.errors import UserError
 from core.run_folder import RunFolder
+from core.run_log import Divergence, EarlyStop, Evaluation, Rollback, Row, Stats, of_kind
 from refinement.recipe import Recipe, read_recipe
 from training import checkpoint
-
-Reading = Mapping[str, object]
 
 
 class Listed(NamedTuple):
@@ -32,8 +30,6 @@ class Listed(NamedTuple):
 
 
 _UNREADABLE = "unreadable"
-_TRAINING = {"diverged", "rollback", "images_per_second"}
-"""What is read while training: a report that is made later says nothing of how that ended."""
 _REASON = Listed._fields.index("state")
 """The column of a run that cannot be read in which the reason stands, however long."""
 _HEADINGS = Listed("run", "mode", "state", "images", "metric", "last written")
@@ -58,7 +54,7 @@ def table(outdir: Path) -> str:
 def _listed(path: Path) -> Listed:
     folder = RunFolder(path)
     try:
-        recipe, rows = read_recipe(folder.recipe), _readings(folder)
+        recipe, rows = read_recipe(folder.recipe), folder.log.rows()
         images_seen, state = _progress(folder, recipe, rows)
         return Listed(
             path.name,
@@ -73,62 +69,49 @@ def _listed(path: Path) -> Listed:
         return Listed(path.name, _UNREADABLE, reason, "", "", "")
 
 
-def _readings(folder: RunFolder) -> list[Reading]:
-    """Return the readings. Raises UserError where a line is none."""
-    rows = folder.read_readings()
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("images_seen"), int):
-            raise UserError(f"{folder.readings}, line {number}: no reading")
-    return list(rows)
-
-
-def _progress(folder: RunFolder, recipe: Recipe, rows: Sequence[Reading]) -> tuple[int, str]:
+def _progress(folder: RunFolder, recipe: Recipe, rows: Sequence[Row]) -> tuple[int, str]:
     """Return how many images a run has seen, and its state."""
     total, saved = recipe.training.total_images, checkpoint.images_saved(folder)
-    reached = max((cast(int, row["images_seen"]) for row in rows), default=0)
+    reached = max((row.images_seen for row in rows), default=0)
     if (holder := folder.holder()) is not None:
         return max(saved, reached), f"running, {_percent(max(saved, reached), total)} ({holder})"
-    events = [row for row in rows if _TRAINING & row.keys()]
-    if events and "diverged" in events[-1]:
-        return saved, f"diverged after {events[-1]['images_seen']}, saved at {saved} of {total}"
-    if saved >= total or any("early_stop" in row for row in rows):
+    events = [row for row in rows if isinstance(row, Stats | Rollback | Divergence)]
+    if events and isinstance(events[-1], Divergence):
+        return saved, f"diverged after {events[-1].images_seen}, saved at {saved} of {total}"
+    if saved >= total or of_kind(rows, EarlyStop):
         early = "" if saved >= total else f" early, at {saved} of {total}"
         is_reported = (folder.report / "report.json").exists()
         return saved, f"finished{early}" if is_reported else f"trained{early}, no report yet"
     return saved, f"stopped at {saved} of {total}"
 
 
-def _metric(recipe: Recipe, rows: Sequence[Reading], images_seen: int) -> str:
-    """Return a metric before and after; or, where there is no after yet, its best so far."""
-    measured = [
-        (cast(int, row["images_seen"]), cast(dict[str, float], row["measured"]))
-        for row in rows
-        if row.get("measured")
-    ]
-    at_ends = {
-        when: cast(dict[str, list[float]], row[when])
-        for row in rows
-        for when in ("before", "after")
-        if when in row and (when == "before" or row["images_seen"] == images_seen)
+def _metric(recipe: Recipe, rows: Sequence[Row], images_seen: int) -> str:
+    """Return the watched metric before and after; without an after, its best so far."""
+    evaluations = of_kind(rows, Evaluation)
+    curve = [row for row in evaluations if row.when == "training"]
+    ends = {
+        row.when: row
+        for row in evaluations
+        if row.when == "before" or (row.when == "after" and row.images_seen == images_seen)
     }
-    names = dict.fromkeys(name for _, found in measured for name in found)
-    names |= dict.fromkeys(name for found in at_ends.values() for name in found)
-    keep = recipe.training.keep
-    name = next((name for name in (keep.best, "fid", *names) if name in names), None)
+    names = dict.fromkeys(name for row in (*curve, *ends.values()) for name in row.metrics)
+    watched = recipe.watched_metric
+    name = next((name for name in (watched.name, *names) if name in names), None)
     if name is None:
         return "not measured"
-    parts = [f"{fmean(found[name]):.4g}" for found in at_ends.values() if name in found]
-    curve = [(found[name], images) for images, found in measured if name in found]
-    if "after" not in at_ends and curve:
-        better = max if keep.best == name and keep.best_is == "highest" else min
-        value, images = better(curve)
+
+    parts = [f"{row.means[name]:.4g}" for row in ends.values() if name in row.metrics]
+    points = [(row.means[name], row.images_seen) for row in curve if name in row.metrics]
+    if "after" not in ends and points:
+        better = max if watched.name == name and watched.highest else min
+        value, images = better(points)
         parts.append(f"best {value:.4g} at {images}")
     return f"{name} {' -> '.join(parts)}"
 
 
 def _written(folder: RunFolder) -> str:
     """Return when a file of the run was last written, to the minute."""
-    files = [folder.recipe, folder.readings, folder.report / "report.json"]
+    files = [folder.recipe, folder.log.path, folder.report / "report.json"]
     files += folder.checkpoints.glob("*.pt")
     last = max(file.stat().st_mtime for file in files if file.exists())
     return datetime.fromtimestamp(last).isoformat(sep=" ", timespec="minutes")

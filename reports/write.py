@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from core.run_folder import atomic_write
+from core.disk import atomic_write
 from eval.display import metric_title
 from eval.measuring import METRICS
 from eval.samples import Neighbours, Pairs

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from training.fsdp import whole
+from training.fsdp import full_tensor
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 def _copied(value: object, before: object) -> object:
     if isinstance(value, Tensor):
-        return _tensor(whole(value.detach()), before)
+        return _tensor(full_tensor(value.detach()), before)
     if isinstance(value, dict):
         earlier = before if isinstance(before, Mapping) else {}
         made = copy.copy(value)  # with what a state dict has beside its items: `_metadata`

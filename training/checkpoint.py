@@ -16,9 +16,10 @@ from torch import Tensor
 
 from core import distributed
 from core.config import Section
+from core.disk import atomic_write
 from core.distributed import World
 from core.errors import UserError
-from core.run_folder import RunFolder, atomic_write
+from core.run_folder import RunFolder
 from training import fsdp
 from training._checksum import damage, scores_of, seal
 from training._host_copy import copied, tensors_in
@@ -39,8 +40,8 @@ _DAMAGE = (
 """What reading bytes that are no whole checkpoint of this run can raise."""
 
 
-class Keep(Section):
-    """Which checkpoints stay when a new one is written."""
+class Retention(Section):
+    """Checkpoints that stay when a new one is written."""
 
     newest: int = Field(default=2, ge=1)
     """So many of the newest stay; with two, a damaged one costs little."""
@@ -55,7 +56,7 @@ class Keep(Section):
 
 
 Content = dict[str, object]
-_KEEP: Final = Keep()
+_KEEP: Final = Retention()
 _NO_SCORES: Final[Mapping[str, float]] = {}
 
 
@@ -63,7 +64,7 @@ def save(
     state: TrainState,
     folder: RunFolder,
     *,
-    keep: Keep = _KEEP,
+    keep: Retention = _KEEP,
     scores: Mapping[str, float] = _NO_SCORES,
 ) -> Path:
     """Return the path of the checkpoint of this state, after writing it and removing old ones.
@@ -83,7 +84,7 @@ class Writer:
     and is used again for the next.
     """
 
-    def __init__(self, folder: RunFolder, keep: Keep = _KEEP, *, is_main: bool = True) -> None:
+    def __init__(self, folder: RunFolder, keep: Retention = _KEEP, *, is_main: bool = True) -> None:
         self.folder, self.keep, self.is_main = folder, keep, is_main
         self._copy: Content = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -95,7 +96,7 @@ class Writer:
         content = _content(state)
         if not self.is_main:
             for tensor in tensors_in(content):
-                fsdp.whole(tensor)  # the main one has no use of parts
+                fsdp.full_tensor(tensor)  # the main one has no use of parts
             return
         self._copy = copied(content, self._copy)
         self._writing = self._thread.submit(
@@ -103,7 +104,7 @@ class Writer:
         )
 
     def wait(self) -> None:
-        """Return when what was begun is on the disk. Raises what writing it met, once."""
+        """Wait for the pending write; re-raise its error, once."""
         if self._writing is None:
             return
         try:
@@ -139,14 +140,14 @@ def images_saved(folder: RunFolder) -> int:
     return 0 if path is None else int(path.stem)
 
 
-def best(folder: RunFolder, keep: Keep) -> Path | None:
+def best(folder: RunFolder, keep: Retention) -> Path | None:
     """Return the path of the checkpoint with the best of the metric that decides what is kept; None
     where none is to, or none was measured.
     """
     return _best(_all(folder), keep)
 
 
-def soundest(folder: RunFolder, keep: Keep) -> Path | None:
+def best_intact(folder: RunFolder, keep: Retention) -> Path | None:
     """Return the path of what a diverged run goes back to: the best, if one is kept and whole, or
     else the newest whole one. None where there is none yet.
     """
@@ -197,7 +198,7 @@ def restore(state: TrainState, path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("student", "score"):
             network = getattr(state.networks, name)
-            network.load_state_dict(fsdp.parted_state(content[name], network))
+            network.load_state_dict(fsdp.distribute_state_like(content[name], network))
         state.student_ema.load_state_dict(content["student_ema"])
         for name, optimizer in state.optimizers.items():
             optimizer.load_state_dict(_parted(content["optimizers"][name], optimizer))
@@ -218,7 +219,9 @@ def _parted(saved: Content, optimizer: torch.optim.Optimizer) -> Content:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = cast(Mapping[int, Mapping[str, Tensor]], saved["state"])
     spread = {
-        index: {name: fsdp.parted(value, parameters[index]) for name, value in values.items()}
+        index: {
+            name: fsdp.distribute_like(value, parameters[index]) for name, value in values.items()
+        }
         for index, values in state.items()
     }
     return {**saved, "state": spread}
@@ -247,9 +250,11 @@ def _newest_whole(folder: RunFolder) -> Path | None:
     return path
 
 
-def _write(content: Content, folder: RunFolder, keep: Keep, scores: Mapping[str, float]) -> Path:
+def _write(
+    content: Content, folder: RunFolder, keep: Retention, scores: Mapping[str, float]
+) -> Path:
     path = folder.checkpoints / f"{content['images_seen']:012d}.pt"
-    folder.flush_readings()
+    folder.log.flush()
     with atomic_write(path) as partial:
         torch.save(content, partial)
         seal(partial, scores)
@@ -262,7 +267,7 @@ def _write(content: Content, folder: RunFolder, keep: Keep, scores: Mapping[str,
     return path
 
 
-def _kept(paths: Sequence[Path], keep: Keep) -> set[Path]:
+def _kept(paths: Sequence[Path], keep: Retention) -> set[Path]:
     """Return those checkpoints that stay, of all, oldest first."""
     kept = set(paths[-keep.newest :])
     if step := round(keep.every_kimg * 1000):
@@ -272,7 +277,7 @@ def _kept(paths: Sequence[Path], keep: Keep) -> set[Path]:
     return kept if chosen is None else kept | {chosen}
 
 
-def _best(paths: Sequence[Path], keep: Keep) -> Path | None:
+def _best(paths: Sequence[Path], keep: Retention) -> Path | None:
     """Return the checkpoint with the best score, of all, oldest first; the first of equals."""
     if keep.best is None:
         return None

@@ -54,21 +54,20 @@ class Config(Section):
     """Half-life of the student's moving average, in thousands of images; 0: no averaging."""
     ema_rampup: float | None = Field(default=0.05, gt=0)
     """The half-life is at most this times the images seen; null: no such limit."""
-    readings_every_kimg: float = Field(default=1.0, gt=0)
-    """Thousands of images between rows of readings.jsonl."""
+    stats_every_kimg: float = Field(default=1.0, gt=0)
+    """Thousands of images between rows of stats in stats.jsonl."""
     checkpoint_every_kimg: float = Field(default=500.0, ge=0)
     """Thousands of images between checkpoints; 0: only at the end or when stopped."""
-    keep: checkpoint.Keep = checkpoint.Keep()
-    """Which checkpoints stay when a new one is written."""
+    keep: checkpoint.Retention = checkpoint.Retention()
+    """Checkpoints that stay when a new one is written."""
     divergence: DivergenceConfig = DivergenceConfig()
-    """When a run counts as diverged, and what is done then."""
+    """Criteria of divergence, and the reaction to it."""
     early_stop_kimg: float | None = Field(default=None, gt=0)
-    """The run ends once the metric of keep.best, or else fid, has not improved for so many thousand
-    images. null: it goes to its end.
+    """The run ends once the metric of keep.best, or else the headline metric, has not improved for
+    so many thousand images. null: it goes to its end.
     """
-
     tensorboard: bool = False
-    """Write what readings.jsonl holds, and the sample grids, to RUN/tensorboard too."""
+    """Write stats, evaluations and sample grids to RUN/tensorboard too."""
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> Config:

@@ -1,18 +1,17 @@
-"""Divergence: when a run counts as diverged, and how it goes back to where it was sound.
+"""Divergence: the criteria by which a run counts as diverged, and the rollback to a checkpoint.
 
-A loss or gradient that is not finite is caught by the loop, before weights change. What is noticed
-here takes longer to show: readings far outside the range of those before them, and a metric much
-worse than at the start. Both are looked at where they reach the host anyway, when a row of readings
-or a measurement is due.
+A loss or gradient that is not finite is caught by the iteration itself, before weights change. The
+criteria here show later: stats far outside the range of earlier rows, and a metric much worse than
+at the start. Both are checked when the numbers reach the host anyway: at a row of stats, at an
+evaluation.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -21,41 +20,40 @@ from core.config import Section
 from core.distributed import World
 from core.errors import UserError
 from core.run_folder import RunFolder
+from core.run_log import Evaluation, Rollback, Row, Stats, of_kind
 from training import checkpoint
 from training.state import TrainState
 
 _log = logging.getLogger(__name__)
-Reading = Mapping[str, object]
 _FEWEST_ROWS = 10
-"""Rows of readings before which no range is known."""
-_NO_READINGS = frozenset(("images_seen", "images_per_second"))
+"""Rows of stats that a running median needs."""
 
 
 class DivergenceConfig(Section):
-    """When a run counts as diverged, and what is done then."""
+    """Criteria of divergence, and the reaction to it."""
 
     action: Literal["stop", "rollback"] = "stop"
     """stop: end with an error, all checkpoints stay; rollback: go on from the checkpoint that
     keep.best keeps, or else the newest, at lower learning rates.
     """
-    reading_factor: float | None = Field(default=100.0, gt=1)
-    """A loss or gradient norm of more than this times its running median counts as diverged. null:
+    stats_factor: float | None = Field(default=100.0, gt=1)
+    """A loss or gradient norm above this factor times its running median counts as diverged. null:
     only one that is not finite does.
     """
     window_rows: int = Field(default=50, ge=_FEWEST_ROWS)
-    """Rows of readings.jsonl that the running median is taken over."""
+    """Rows of stats.jsonl in the running median."""
     metric_factor: float | None = Field(default=10.0, gt=1)
-    """The metric of keep.best, or else fid, worse than at the start by more than this factor counts
-    as diverged. null: no value of it does.
+    """The metric of keep.best, or else the headline metric, worse than at the start by more than
+    this factor counts as diverged. null: no value of it does.
     """
     max_rollbacks: int = Field(default=3, ge=1)
-    """So many times a run goes back; then it stops."""
+    """Rollbacks after which the run stops instead."""
     lr_factor: float = Field(default=0.5, gt=0, lt=1)
-    """What each rollback multiplies both learning rates by."""
+    """Factor of both learning rates at each rollback."""
 
 
 class Diverged(UserError):
-    """Training that went wrong; what was saved before it did is whole."""
+    """Training diverged; earlier checkpoints are intact."""
 
     def __init__(self, why: str, remedy: str) -> None:
         super().__init__(f"{why}. {remedy}")
@@ -63,147 +61,149 @@ class Diverged(UserError):
 
 
 class Score(NamedTuple):
-    """A measurement of the metric that is watched."""
+    """The watched metric at one evaluation."""
 
     images_seen: int
     value: float
 
 
-@dataclass(frozen=True)
-class Rollback:
-    """That a run went back: the `rollback` of a row of readings."""
+class WatchedMetric(NamedTuple):
+    """The metric that tells divergence, early stop and the best checkpoint."""
 
-    why: str
-    from_images_seen: int
-    to_images_seen: int
-    lr_scale: float
-    """What both learning rates are multiplied by from here on."""
+    name: str
+    highest: bool = False
+    """Whether the highest value is the best."""
 
 
-class Watch:
-    """What the readings so far say of a run; made from them alone, so that a resumed run and all
-    ranks judge alike.
+class DivergenceMonitor:
+    """Checks stats and evaluations against the earlier ones of the run.
+
+    Its state follows from the log's rows alone, so that a resumed run and all ranks judge alike.
     """
 
     def __init__(
-        self,
-        config: DivergenceConfig,
-        rows: Sequence[Reading],
-        *,
-        metric: str,
-        highest: bool = False,
+        self, config: DivergenceConfig, rows: Sequence[Row], *, watched: WatchedMetric | None
     ) -> None:
-        self.config, self.metric, self.highest = config, metric, highest
-        self._means = [
-            cast(dict[str, float], {k: v for k, v in row.items() if k not in _NO_READINGS})
-            for row in rows
-            if "images_per_second" in row
-        ]
-        self.rollbacks = [
-            Rollback(**cast(dict, row["rollback"])) for row in rows if "rollback" in row
-        ]
+        self.config, self.watched = config, watched
+        self.rollbacks = of_kind(rows, Rollback)
+        self._stats = [row.values for row in of_kind(rows, Stats)]
         self.curve: list[Score] = []
-        self.measured_until = -1
-        """How many images had been seen at the last measurement; -1 before the first."""
-        for row in rows:
-            if "measured" in row:
-                self._add(cast(int, row["images_seen"]), cast(dict, row["measured"]))
+        """The watched metric at every evaluation while training."""
+        self.evaluated_until = -1
+        """Images seen at the last evaluation; -1 before the first."""
+        for row in of_kind(rows, Evaluation):
+            if row.when == "training":
+                self._add_score(row.images_seen, row.means)
 
     @property
     def lr_scale(self) -> float:
-        """Return what rollbacks have left of the learning rates: 1 where there was none."""
+        """Learning-rate factor after all rollbacks; 1 without any."""
         return self.rollbacks[-1].lr_scale if self.rollbacks else 1.0
 
     @property
     def is_spent(self) -> bool:
-        """Return whether the run, if it diverges, stops rather than goes back."""
+        """Whether the run stops at the next divergence instead of rolling back."""
         config = self.config
         return config.action == "stop" or len(self.rollbacks) >= config.max_rollbacks
 
     @property
     def best(self) -> Score | None:
-        """Return the best measurement so far, the first of equals."""
-        if not self.curve:
+        """The best evaluation so far, the first of equals."""
+        if self.watched is None or not self.curve:
             return None
-        return (max if self.highest else min)(self.curve, key=lambda score: score.value)
+        choose = max if self.watched.highest else min
+        return choose(self.curve, key=lambda score: score.value)
 
     def is_better(self, score: Score, other: Score) -> bool:
-        """Return whether a score is better than another, and not as good."""
-        return score.value > other.value if self.highest else score.value < other.value
+        """Return whether a score is strictly better than another."""
+        assert self.watched is not None
+        return score.value > other.value if self.watched.highest else score.value < other.value
 
     def images_since_best(self) -> int:
-        """Return how many images the metric has not improved for; 0 where it is not measured."""
+        """Return the images seen since the best evaluation; 0 without evaluations."""
         best = self.best
         return 0 if best is None else self.curve[-1].images_seen - best.images_seen
 
-    def row(self, images_seen: int, means: Mapping[str, float]) -> None:
-        """Take in a row of readings. Raises Diverged where one is far above those before it."""
-        factor, before = self.config.reading_factor, self._means[-self.config.window_rows :]
-        self._means = [*before, dict(means)]
+    def add_stats(self, images_seen: int, means: Mapping[str, float]) -> None:
+        """Take a row of stats into the running medians.
+
+        Raises Diverged where a value is more than stats_factor times its median.
+        """
+        factor, earlier = self.config.stats_factor, self._stats[-self.config.window_rows :]
+        self._stats = [*earlier, dict(means)]
         for name, value in means.items():
-            known = [abs(row[name]) for row in before if name in row]
-            if factor is None or len(known) < _FEWEST_ROWS:
+            history = [abs(row[name]) for row in earlier if name in row]
+            if factor is None or len(history) < _FEWEST_ROWS:
                 continue
-            usual = median(known)
+            usual = median(history)
             if 0 < factor * usual < abs(value):
                 raise Diverged(
                     f"after {images_seen} images {name} is {value:.4g}, {abs(value) / usual:.0f} "
-                    f"times its median over the last {len(known)} rows",
+                    f"times its median over the last {len(history)} rows",
                     "Try a smaller training.student_lr and training.score_lr, a "
                     "training.gradient_clip, or training.divergence.action=rollback; or, if that "
-                    "is as it should be, a larger training.divergence.reading_factor",
+                    "is as it should be, a larger training.divergence.stats_factor",
                 )
 
-    def measured(self, images_seen: int, scores: Mapping[str, float]) -> None:
-        """Take in a measurement. Raises Diverged where it is far worse than the first one."""
-        self._add(images_seen, scores)
-        factor = self.config.metric_factor
-        if factor is None or self.metric not in scores:
+    def add_evaluation(self, images_seen: int, scores: Mapping[str, float]) -> None:
+        """Take an evaluation into the curve.
+
+        Raises Diverged where the watched metric is worse than the first by metric_factor.
+        """
+        self._add_score(images_seen, scores)
+        factor, watched = self.config.metric_factor, self.watched
+        if factor is None or watched is None or watched.name not in scores:
             return
         first, last = self.curve[0].value, self.curve[-1].value
-        better, worse = (last, first) if self.highest else (first, last)
+        better, worse = (last, first) if watched.highest else (first, last)
         if first > 0 and factor * better < worse:
             raise Diverged(
-                f"after {images_seen} images {self.metric} is {last:.4g}, and was {first:.4g} "
+                f"after {images_seen} images {watched.name} is {last:.4g}, and was {first:.4g} "
                 "at the start",
                 "Try a smaller training.student_lr, or training.divergence.action=rollback; or, if "
                 "that is as it should be, a larger training.divergence.metric_factor",
             )
 
-    def _add(self, images_seen: int, scores: Mapping[str, float]) -> None:
-        self.measured_until = images_seen
-        if self.metric in scores:
-            self.curve.append(Score(images_seen, scores[self.metric]))
+    def _add_score(self, images_seen: int, scores: Mapping[str, float]) -> None:
+        self.evaluated_until = images_seen
+        if self.watched is not None and self.watched.name in scores:
+            self.curve.append(Score(images_seen, scores[self.watched.name]))
 
 
-def go_back(
+def roll_back(
     state: TrainState,
-    diverged: Diverged,
-    watch: Watch,
+    error: Diverged,
+    monitor: DivergenceMonitor,
     *,
     folder: RunFolder,
-    keep: checkpoint.Keep,
+    keep: checkpoint.Retention,
     world: World,
 ) -> Rollback | None:
-    """Return what was done, after setting the state to a checkpoint from before it diverged and
-    dropping what came after; None where the settings or the lack of a checkpoint forbid it.
+    """Restore the best intact checkpoint, drop everything later, and return the logged row.
 
-    All ranks call it, with no checkpoint being written.
+    None where settings or the lack of a checkpoint forbid it. All ranks call it, with no checkpoint
+    being written.
     """
-    if watch.is_spent:
+    if monitor.is_spent:
         return None
     path = distributed.from_main(
-        checkpoint.soundest(folder, keep) if world.is_main else None, world
+        checkpoint.best_intact(folder, keep) if world.is_main else None, world
     )
     if path is None:
         return None
-    scale = watch.lr_scale * watch.config.lr_factor
-    done = Rollback(diverged.why, state.images_seen, int(path.stem), scale)
+
+    rollback = Rollback(
+        images_seen=int(path.stem),
+        why=error.why,
+        from_images_seen=state.images_seen,
+        lr_scale=monitor.lr_scale * monitor.config.lr_factor,
+    )
     if world.is_main:
         checkpoint.drop_after(path, folder)
-        row = {"images_seen": done.to_images_seen, "rollback": asdict(done)}
-        folder.keep_readings_until(done.to_images_seen, then=[row])
-        _log.warning("%s; back to %s, learning rates times %.4g", done.why, path, scale)
+        folder.log.keep_until(rollback.images_seen, then=[rollback])
+        _log.warning(
+            "%s; back to %s, learning rates times %.4g", error.why, path, rollback.lr_scale
+        )
     checkpoint.restore(state, path)
-    state.lr_scale = scale
-    return done
+    state.lr_scale = rollback.lr_scale
+    return rollback

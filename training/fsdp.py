@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def shard(network: nn.Module, world: World) -> None:
-    """Spread a network's parameters over the processes, in place: each entry of its lists of layers
-    is gathered by itself, and the rest together.
+    """Shard a network's parameters over the processes, in place.
 
-    It cannot be copied any more. Raises UserError where a parameter has no dimension to part.
+    Each entry of its lists of layers is gathered by itself, the rest together. The network cannot
+    be copied any more. Raises UserError where a parameter has no dimension to split.
     """
     parameters = dict(network.named_parameters())
     if world.size == 1 or not parameters:
@@ -51,7 +51,7 @@ def shard(network: nn.Module, world: World) -> None:
 
 
 def gather(network: nn.Module) -> None:
-    """Let each process have all parameters again, for good; all call it."""
+    """Undo the sharding for good: full parameters on each process; all call it."""
     for module in network.modules():
         if _is_fsdp(module):
             module.set_reshard_after_forward(False, recurse=False)
@@ -60,33 +60,33 @@ def gather(network: nn.Module) -> None:
 
 @contextmanager
 def sharded(networks: Iterable[nn.Module], world: World) -> Iterator[None]:
-    """Run the body with networks spread over the processes; whole again where it ends well."""
-    spread = list(networks)
-    for network in spread:
+    """Shard the networks within the body, and gather them when it ends without an error."""
+    listed = list(networks)
+    for network in listed:
         shard(network, world)
     yield
-    for network in spread:
+    for network in listed:
         gather(network)
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Return whether the network's parameters are spread over the processes."""
+    """Return whether the network's parameters are sharded."""
     return _is_fsdp(network)
 
 
-def synchronise(network: nn.Module, wanted: bool) -> None:
+def set_gradient_sync(network: nn.Module, wanted: bool) -> None:
     """Set whether a sharded network averages gradients over processes in the next backward pass."""
     if _is_fsdp(network):
         network.set_requires_gradient_sync(wanted)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor of which this process may have a part; all processes call it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a shard; all processes call it."""
     return tensor.full_tensor() if _is_part(tensor) else tensor
 
 
-def parted(value: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor that all processes have whole, spread as another of its shape is."""
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor, full on all processes, sharded like another of its shape."""
     if not _is_part(like) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -95,10 +95,10 @@ def parted(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def parted_state(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Return a whole state dict with its tensors spread as the network's are."""
+def distribute_state_like(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Return a full state dict with its tensors sharded like the network's."""
     present = network.state_dict()
-    return {k: parted(v, present[k]) if k in present else v for k, v in state.items()}
+    return {k: distribute_like(v, present[k]) if k in present else v for k, v in state.items()}
 
 
 def _is_part(tensor: Tensor) -> TypeGuard[DTensor]:

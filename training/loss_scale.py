@@ -56,7 +56,7 @@ class LossScale:
         self.value, self.good_updates = self.value / 2, 0
         return True
 
-    def readings(self, name: str, *, skipped: bool, device: torch.device) -> dict[str, Tensor]:
+    def stats(self, name: str, *, skipped: bool, device: torch.device) -> dict[str, Tensor]:
         """Return the factor, and the share of updates left out, of the phase of that name."""
         if self.is_fixed:
             return {}

@@ -1,8 +1,7 @@
-"""Progress and readings: means over the last rounds go to the run folder and to the terminal, and
-to TensorBoard where that is wanted.
+"""Stats and progress: means over the last iterations, for the run's log, the terminal, TensorBoard.
 
-On a terminal a progress bar (tqdm); elsewhere a plain line once in a while. Readings stay tensors
-until they are shown, so that a round never waits for the device.
+A terminal gets a progress bar (tqdm), anything else a plain line once in a while. Stats stay tensors
+until they are logged, so that no iteration waits for the device.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from core import distributed
 from core.distributed import World
 from core.run_folder import RunFolder
+from core.run_log import Evaluation, Stats
 from training.tensorboard import Events
 
 if sys.platform != "win32":
@@ -29,10 +29,10 @@ _log = logging.getLogger(__name__)
 _LINE_EVERY_SECONDS = 15.0
 
 
-class Status:
-    """Collects readings between rows of readings.jsonl, and shows how far the run is.
+class Progress:
+    """Averages stats between rows of the log, and shows the progress of the run.
 
-    Only rank 0 speaks, for all: readings are means over ranks.
+    Only rank 0 logs and shows them; they are means over ranks.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Status:
         self._events = Events(folder, images_seen=images_seen) if wants_events else None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._measured: dict[str, float] = {}
+        self._evaluated: dict[str, float] = {}
         self._started_at, self._started_images = time.monotonic(), images_seen
         self._line_at = self._started_at
         bar = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} images {postfix}"
@@ -60,39 +60,42 @@ class Status:
             else None
         )
 
-    def add(self, readings: Mapping[str, Tensor]) -> None:
-        """Take in the readings of one update: name -> 0-dim tensor."""
-        for name, value in readings.items():
+    def add(self, stats: Mapping[str, Tensor]) -> None:
+        """Add the stats of one optimizer step: name -> 0-dim tensor."""
+        for name, value in stats.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def measured(self, images_seen: int, metrics: Mapping[str, float]) -> None:
-        """Write down a measurement, and show it from now on."""
+    def add_evaluation(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        """Log an evaluation, and show it from now on."""
         if not self.speaks:
             return
-        self._measured.update(metrics)
-        self.folder.append_reading({"images_seen": images_seen, "measured": dict(metrics)})
+        self._evaluated.update(metrics)
+        values = {name: (value,) for name, value in metrics.items()}
+        self.folder.log.append(Evaluation(images_seen=images_seen, when="training", metrics=values))
         if self._events is not None:
-            self._events.add(images_seen, metrics, group="measured")
+            self._events.add(images_seen, metrics, group="evaluation")
             self._events.add_samples(images_seen)
 
-    def row(self, images_seen: int) -> dict[str, float]:
-        """Return the means since the last row, after writing them to readings.jsonl and showing
-        them; all ranks call it, and get the same.
+    def log(self, images_seen: int) -> dict[str, float]:
+        """Return the means since the last row of stats, after logging and showing them.
+
+        All ranks call it, and get the same.
         """
         means = self._means()
         if self.speaks:
             rate = self._rate(images_seen)
-            values = {"images_per_second": round(rate, 2), **means}
-            self.folder.append_reading({"images_seen": images_seen, **values})
+            row = Stats(images_seen=images_seen, images_per_second=round(rate, 2), values=means)
+            self.folder.log.append(row)
             if self._events is not None:
-                self._events.add(images_seen, values, group="readings")
+                rates = {"images_per_second": row.images_per_second}
+                self._events.add(images_seen, {**rates, **means}, group="stats")
             self._show(images_seen, rate, means)
         return means
 
-    def begin_again(self, images_seen: int) -> None:
-        """Go on from an earlier point: what was collected since the last row is dropped."""
-        self._sums, self._counts, self._measured = {}, {}, {}
+    def restart(self, images_seen: int) -> None:
+        """Go on from an earlier count of images; stats since the last row are dropped."""
+        self._sums, self._counts, self._evaluated = {}, {}, {}
         self._started_at, self._started_images = time.monotonic(), images_seen
         if self._bar is not None:
             self._bar.update(images_seen - self._bar.n)
@@ -101,7 +104,7 @@ class Status:
             self._events = Events(self.folder, images_seen=images_seen)
 
     def _means(self) -> dict[str, float]:
-        """Return the mean of each reading over rounds and ranks, and begin anew."""
+        """Return the mean of each value over iterations and ranks, and reset the sums."""
         if not self._sums:
             return {}
         means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
@@ -109,7 +112,7 @@ class Status:
         self._sums, self._counts = {}, {}
         return dict(zip(names, distributed.mean(means, self.world).tolist(), strict=True))
 
-    def __enter__(self) -> Status:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,7 +127,7 @@ class Status:
     def _show(self, images_seen: int, rate: float, means: Mapping[str, float]) -> None:
         remaining = max(self.total_images - images_seen, 0)
         left = timedelta(seconds=round(remaining / max(rate, 1e-9)))
-        shown = {**means, **{f"last {name}": value for name, value in self._measured.items()}}
+        shown = {**means, **{f"last {name}": value for name, value in self._evaluated.items()}}
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         text = f"{rate:.0f} images/s  {left} left  {_memory(self.world.device)}  {values}"
         if self._bar is not None:

@@ -107,10 +107,10 @@ def start(
 
 
 @torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, *, decay: float) -> None:
+def update_ema(average: nn.Module, network: nn.Module, *, decay: float) -> None:
     """Move parameters to decay * average + (1 - decay) * network; copy buffers."""
     slow: list[Tensor] = list(average.parameters())
-    fast: list[Tensor] = [fsdp.whole(parameter) for parameter in network.parameters()]
+    fast: list[Tensor] = [fsdp.full_tensor(parameter) for parameter in network.parameters()]
     torch._foreach_lerp_(slow, fast, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for kept, current in zip(average.buffers(), network.buffers(), strict=True):
         kept.copy_(current)

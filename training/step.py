@@ -1,8 +1,8 @@
-"""One round: each phase's updates, where `update` draws, accumulates, checks and steps; then the
-round is counted and averaged in.
+"""One training iteration: the optimizer steps of each phase, then the moving average.
 
-The same round serves one process and many: each rank takes its share of the global batch, draws are
-functions of the global sample index, and gradients are averaged over ranks.
+An optimizer step draws random numbers, accumulates gradients, checks them, and only then changes
+weights. The same step serves one process and many: each rank takes its share of the global batch,
+draws are functions of the global sample index, and gradients are averaged over ranks.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ from training.config import Config
 from training.divergence import Diverged
 from training.loss_scale import ONE, LossScale
 from training.schedule import annealing, ema_decay, warmup
-from training.state import TrainState, follow
+from training.state import TrainState, update_ema
 
 
-def play_round(
+def training_iteration(
     state: TrainState, objective: Objective, config: Config, *, trained: Networks, world: World
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the readings of each update of one round; then the round is counted and averaged in."""
+    """Yield the stats of each optimizer step of one iteration, then advance the state by a batch.
+
+    trained: the state's networks from `wrap_for_ranks`.
+    """
     networks = (trained.student, trained.score, trained.teacher)
     with computing_in(config.precision, networks):
         for phase in objective.phases:
             for repeat in range(phase.repeats_at(state.images_seen)):
-                yield update(phase, repeat, state, config, trained=trained, world=world)
+                yield optimizer_step(phase, repeat, state, config, trained=trained, world=world)
     _advance(state, config)
 
 
-def update(
+def optimizer_step(
     phase: Phase,
     repeat: int,
     state: TrainState,
@@ -51,45 +54,46 @@ def update(
     trained: Networks,
     world: World,
 ) -> dict[str, Tensor]:
-    """Return the readings of one optimizer step on one global batch, after taking it; in float16 it
-    is left out where scaled gradients overflowed.
+    """Take one optimizer step on one global batch, and return its stats (0-dim tensors).
 
-    trained: the state's networks, wrapped so that their gradients are averaged over ranks.
-    Raises Diverged where loss or gradient is not finite, before any weight changes.
+    In float16 the step is skipped where scaled gradients overflowed. trained: the state's networks
+    from `wrap_for_ranks`. Raises Diverged where loss or gradient is not finite, before any weight
+    changes.
     """
     learning: dict[TrainedNetwork, nn.Module] = {n: getattr(trained, n) for n in phase.trains}
-    networks = replace(_bare(trained), **learning)
+    networks = replace(_unwrapped(trained), **learning)
     for name in learning:
-        _forget_gradients(state.optimizers[name], keep_memory=replays(config.compile))
+        _zero_gradients(state.optimizers[name], keep_memory=replays(config.compile))
     draws = Draws(config.seed, state.images_seen, 0, config.batch_size, world.device)
-    parts = list(_micro_batches(draws.scoped(f"{phase.name}/{repeat}"), config, world))
+    micro_batches = list(_micro_batches(draws.scoped(f"{phase.name}/{repeat}"), config, world))
     scale = _loss_scale(phase, state, config)
     factor = scale.loss_factor(batch_size=config.batch_size, ranks=world.size)
+
+    # accumulate gradients; ranks average them in the last backward pass
     outputs = []
-    for index, part in enumerate(parts):
-        with _synchronised(learning.values(), last=index == len(parts) - 1):
+    for index, micro_batch in enumerate(micro_batches):
+        with _gradient_sync(learning.values(), wanted=index == len(micro_batches) - 1):
             if replays(config.compile):
                 torch.compiler.cudagraph_mark_step_begin()
-            output = phase.loss(networks, part)
+            output = phase.loss(networks, micro_batch)
             (output.per_image.sum() * factor).backward()
-        outputs.append(LossOutput(output.per_image.detach(), output.readings))
-    norms = _checked_norms(
-        phase, learning, outputs, scale, config.batch_size, state.images_seen, world
-    )
+        outputs.append(LossOutput(output.per_image.detach(), output.stats))
+
+    # check, clip, step
+    norms = _checked_norms(phase, learning, outputs, scale, state=state, config=config, world=world)
     for name, norm in norms.items():
         if config.gradient_clip is not None:
             clip_grads_with_norm_(learning[name].parameters(), config.gradient_clip, norm)
         _set_learning_rate(state, name, config)
         state.optimizers[name].step()
-    readings = _mean_readings(outputs, batch_size=config.batch_size, ranks=world.size)
-    readings |= {f"{name}_gradient": norm for name, norm in norms.items()}
-    return readings | scale.readings(phase.name, skipped=not norms, device=world.device)
+
+    stats = _mean_stats(outputs, batch_size=config.batch_size, ranks=world.size)
+    stats |= {f"{name}_gradient": norm for name, norm in norms.items()}
+    return stats | scale.stats(phase.name, skipped=not norms, device=world.device)
 
 
-def wrapped(networks: Networks, state: TrainState, world: World) -> Networks:
-    """Return the networks, compiled or not, those that an optimizer trains wrapped for several
-    processes where they are not spread over them.
-    """
+def wrap_for_ranks(networks: Networks, state: TrainState, world: World) -> Networks:
+    """Return the networks, those that an optimizer trains wrapped by DDP unless they are sharded."""
     trained = {name: getattr(networks, name) for name in state.optimizers}
     ready = {
         name: network if fsdp.is_sharded(network) else distributed.wrap(network, world)
@@ -98,14 +102,14 @@ def wrapped(networks: Networks, state: TrainState, world: World) -> Networks:
     return replace(networks, **ready)
 
 
-def _bare(networks: Networks) -> Networks:
-    """Return the networks as they are called where they do not learn."""
+def _unwrapped(networks: Networks) -> Networks:
+    """Return the networks without DDP, as they are called while they do not learn."""
     student, score = (distributed.unwrap(n) for n in (networks.student, networks.score))
     return replace(networks, student=student, score=score)
 
 
-def _forget_gradients(optimizer: torch.optim.Optimizer, *, keep_memory: bool) -> None:
-    """Begin anew. keep_memory: in memory of their own, where a replayed graph's results are not."""
+def _zero_gradients(optimizer: torch.optim.Optimizer, *, keep_memory: bool) -> None:
+    """Reset gradients. keep_memory: to zeros in memory outside of a replayed CUDA graph."""
     optimizer.zero_grad(set_to_none=not keep_memory)
     if keep_memory:
         for group in optimizer.param_groups:
@@ -123,18 +127,18 @@ def _micro_batches(draws: Draws, config: Config, world: World) -> Iterator[Draws
 
 
 @contextmanager
-def _synchronised(networks: Iterable[nn.Module], *, last: bool) -> Iterator[None]:
-    """Run the body so that gradients are averaged over ranks only in the last micro-batch."""
+def _gradient_sync(networks: Iterable[nn.Module], *, wanted: bool) -> Iterator[None]:
+    """Run the body with or without averaging of gradients over ranks in the backward pass."""
     with ExitStack() as stack:
         for network in networks:
-            fsdp.synchronise(network, last)
-            if isinstance(network, DistributedDataParallel) and not last:
+            fsdp.set_gradient_sync(network, wanted)
+            if isinstance(network, DistributedDataParallel) and not wanted:
                 stack.enter_context(network.no_sync())
         yield
 
 
 def _loss_scale(phase: Phase, state: TrainState, config: Config) -> LossScale:
-    """Return the factor on a phase's loss; only in float16 there is one."""
+    """Return the loss scale of a phase: 1 except in float16."""
     if config.precision != "float16":
         return ONE
     return state.loss_scales.setdefault(phase.name, LossScale())
@@ -145,17 +149,20 @@ def _checked_norms(
     learning: Mapping[TrainedNetwork, nn.Module],
     outputs: list[LossOutput],
     scale: LossScale,
-    batch_size: int,
-    images_seen: int,
+    *,
+    state: TrainState,
+    config: Config,
     world: World,
 ) -> dict[TrainedNetwork, Tensor]:
-    """Return the norm of each network's averaged gradient, all finite on every rank; none where the
-    gradients are to be dropped and the next ones scaled less.
+    """Return the norm of each network's averaged gradient, finite on every rank.
+
+    Empty where float16 gradients overflowed: the step is skipped and the next loss scaled less.
+    Raises Diverged for any other value that is not finite.
     """
     scale.unscale(learning.values(), ranks=world.size)
     norms: dict[TrainedNetwork, Tensor] = {n: _gradient_norm(net) for n, net in learning.items()}
     total = torch.cat([output.per_image for output in outputs]).sum()
-    loss = distributed.mean(total * (world.size / batch_size), world)
+    loss = distributed.mean(total * (world.size / config.batch_size), world)
     if torch.isfinite(sum(norms.values(), loss)):
         scale.kept()
         return norms
@@ -164,7 +171,7 @@ def _checked_norms(
     shown = " and ".join(f"{float(norm):.4g} ({name})" for name, norm in norms.items())
     raise Diverged(
         f"the {phase.name} phase gave a loss of {float(loss):.4g} and a gradient of norm "
-        f"{shown} after {images_seen} images; no weight was changed by it",
+        f"{shown} after {state.images_seen} images; no weight was changed by it",
         "Try a smaller training.student_lr and training.score_lr (each network learns from the "
         "other), a training.warmup_kimg, or a training.gradient_clip"
         + ("" if scale.is_fixed else "; bfloat16 has larger numbers than float16"),
@@ -173,7 +180,7 @@ def _checked_norms(
 
 def _gradient_norm(network: nn.Module) -> Tensor:
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
-    return fsdp.whole(get_total_norm(gradients))
+    return fsdp.full_tensor(get_total_norm(gradients))
 
 
 def _set_learning_rate(state: TrainState, name: TrainedNetwork, config: Config) -> None:
@@ -187,7 +194,7 @@ def _set_learning_rate(state: TrainState, name: TrainedNetwork, config: Config) 
 
 
 def _advance(state: TrainState, config: Config) -> None:
-    """Count one round, and let the moving average follow."""
+    """Count one batch, and update the moving average."""
     state.images_seen += config.batch_size
     decay = ema_decay(
         config.batch_size,
@@ -195,16 +202,15 @@ def _advance(state: TrainState, config: Config) -> None:
         halflife_kimg=config.ema_halflife_kimg,
         rampup=config.ema_rampup,
     )
-    follow(state.student_ema, state.networks.student, decay=decay)
+    update_ema(state.student_ema, state.networks.student, decay=decay)
 
 
-def _mean_readings(outputs: list[LossOutput], *, batch_size: int, ranks: int) -> dict[str, Tensor]:
-    """Return this rank's readings, whose mean over ranks is that over the images of the batch."""
+def _mean_stats(outputs: list[LossOutput], *, batch_size: int, ranks: int) -> dict[str, Tensor]:
+    """Return this rank's stats, whose mean over ranks is the mean over the global batch."""
     means = {}
-    for name in outputs[0].readings:
+    for name in outputs[0].stats:
         parts = [
-            output.readings[name] * (len(output.per_image) * ranks / batch_size)
-            for output in outputs
+            output.stats[name] * (len(output.per_image) * ranks / batch_size) for output in outputs
         ]
         means[name] = torch.stack(parts).sum()
     return means

@@ -1,6 +1,6 @@
-"""TensorBoard's event files, RUN/tensorboard: the readings, what is measured, and sample grids.
+"""TensorBoard's event files, RUN/tensorboard: stats, evaluations and sample grids.
 
-They are a copy: readings.jsonl and samples/ hold the same, and survive what event files do not.
+They are a copy of stats.jsonl and samples/, which also survive a crash.
 """
 
 from __future__ import annotations

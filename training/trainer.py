@@ -1,31 +1,32 @@
-"""The training loop: rounds, one after the other, and what is due between them: readings,
-measurements, checkpoints, stopping, going back.
+"""The training loop: iterations, and after each one: stats, evaluation, checkpoint, stop, rollback.
 
-What a round is stands in rounds.py. Left out: everything about what is learned.
+One iteration is in step.py. The loop knows neither networks nor losses: those are the objective's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from core import distributed
 from core.distributed import World, any_rank
-from core.errors import UserError
-from core.roles import Objective
+from core.errors import EvaluationCancelled, UserError
+from core.roles import Networks, Objective
 from core.run_folder import RunFolder
+from core.run_log import Best, Divergence, EarlyStop
 from training import checkpoint, fsdp
 from training.compilation import compiled
 from training.config import Config
-from training.divergence import Diverged, Score, Watch, go_back
-from training.progress import Status
+from training.divergence import Diverged, DivergenceMonitor, Score, WatchedMetric, roll_back
+from training.progress import Progress
 from training.schedule import Every
 from training.state import TrainState
-from training.step import play_round, wrapped
+from training.step import training_iteration, wrap_for_ranks
 
-Measure = Callable[[TrainState], Mapping[str, float] | None]
-"""From the state to its metrics; None, on all ranks, where a request to stop cut that short."""
+Evaluate = Callable[[TrainState], Mapping[str, float]]
+"""From the state to its metrics, on every rank. Raises EvaluationCancelled on all of them."""
 _log = logging.getLogger(__name__)
 
 
@@ -33,220 +34,238 @@ class Interrupted(Exception):
     """The run was asked to stop; its state is saved."""
 
 
-def train(
-    state: TrainState,
-    objective: Objective,
-    config: Config,
-    *,
-    folder: RunFolder,
-    world: World,
-    measure: Measure | None = None,
-    measure_every_kimg: float = 0.0,
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> TrainState:
-    """Return the state after the last image; it is trained in place.
-
-    measure: called on every rank when due and after the last round; what it gives up is measured
-    when the run is resumed. stop_requested: asked after each round; if it says so on any rank, the
-    state is saved and Interrupted raised. Raises Diverged before weights go bad, unless the run
-    goes back to an earlier state and on from there.
-    """
-    _refuse_what_cannot_be(config, world, measures=measure_every_kimg > 0)
-    total = config.total_images
-    in_parts = [state.networks.teacher] if "teacher" in config.shard else []
-    with (
-        fsdp.sharded(in_parts, world),
-        compiled(state.networks, config.compile, world.device) as networks,
-        Status(
-            folder,
-            world,
-            images_seen=state.images_seen,
-            total_images=total,
-            tensorboard=config.tensorboard,
-        ) as status,
-        checkpoint.Writer(folder, config.keep, is_main=world.is_main) as writer,
-    ):
-        run = _Run(
-            state,
-            config,
-            folder,
-            world,
-            status,
-            writer,
-            _watch(config, folder, world),
-            measure,
-            Every.kimg(measure_every_kimg),
-        )
-        trained = wrapped(networks, state, world)
-        try:
-            run.begin()
-        except Diverged as diverged:
-            run.drop_newest()
-            run.go_back(diverged)
-        while state.images_seen < total and not run.is_over_early:
-            try:
-                for readings in play_round(state, objective, config, trained=trained, world=world):
-                    status.add(readings)
-                run.after_round(stop_requested)
-            except Diverged as diverged:
-                run.go_back(diverged)
-        writer.wait()
-        run.say_what_was_best()
-    return state
-
-
 @dataclass
-class _Run:
-    """What happens between the rounds of a run."""
+class Trainer:
+    """The training of one run: `train` goes on from the state, which it changes in place."""
 
     state: TrainState
+    objective: Objective
     config: Config
-    folder: RunFolder
-    world: World
-    status: Status
-    writer: checkpoint.Writer
-    watch: Watch
-    measure: Measure | None
-    measuring: Every
+    folder: RunFolder = field(kw_only=True)
+    world: World = field(kw_only=True)
+    evaluate: Evaluate | None = field(default=None, kw_only=True)
+    """Called when due and after the last iteration; a cancelled one is made up for on resuming."""
+    evaluate_every_kimg: float = field(default=0.0, kw_only=True)
+    """Thousands of images between evaluations; 0: only after the last iteration."""
+    watched: WatchedMetric | None = field(default=None, kw_only=True)
+    """The metric that tells divergence and early stop; None: that of keep.best."""
+    stop_requested: Callable[[], bool] = field(default=lambda: False, kw_only=True)
+    """Asked after each iteration; True on any rank saves the state and raises Interrupted."""
+    progress: Progress = field(init=False, repr=False)
+    writer: checkpoint.Writer = field(init=False, repr=False)
+    monitor: DivergenceMonitor = field(init=False, repr=False)
+
+    def train(self) -> TrainState:
+        """Return the state after the last image.
+
+        Raises Diverged before weights go bad, unless the run rolls back to an earlier checkpoint,
+        and Interrupted with the state saved.
+        """
+        _check_config(self.config, self.world, evaluates=self.evaluate_every_kimg > 0)
+        with self._prepared_networks() as networks:
+            self.resume()
+            while not self.is_finished:
+                try:
+                    for stats in training_iteration(
+                        self.state, self.objective, self.config, trained=networks, world=self.world
+                    ):
+                        self.progress.add(stats)
+                    self.after_iteration()
+                except Diverged as error:
+                    self.roll_back(error)
+            self.writer.wait()
+            self.log_best()
+        return self.state
+
+    @contextmanager
+    def _prepared_networks(self) -> Iterator[Networks]:
+        """Yield the networks sharded, compiled and wrapped; open progress, writer and monitor."""
+        config, state = self.config, self.state
+        sharded_teacher = [state.networks.teacher] if "teacher" in config.shard else []
+        self.monitor = self._new_monitor()
+        with (
+            fsdp.sharded(sharded_teacher, self.world),
+            compiled(state.networks, config.compile, self.world.device) as networks,
+            Progress(
+                self.folder,
+                self.world,
+                images_seen=state.images_seen,
+                total_images=config.total_images,
+                tensorboard=config.tensorboard,
+            ) as self.progress,
+            checkpoint.Writer(self.folder, config.keep, is_main=self.world.is_main) as self.writer,
+        ):
+            yield wrap_for_ranks(networks, state, self.world)
 
     @property
-    def is_over_early(self) -> bool:
-        """Return whether the metric has not improved for as long as the settings allow."""
+    def is_finished(self) -> bool:
+        """Whether all images were seen, or the run stops early."""
+        return self.state.images_seen >= self.config.total_images or self.stops_early
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the watched metric has not improved for as long as early_stop_kimg allows."""
         limit = self.config.early_stop_kimg
-        return limit is not None and self.watch.images_since_best() >= round(limit * 1000)
+        return limit is not None and self.monitor.images_since_best() >= round(limit * 1000)
 
-    def begin(self) -> None:
-        """Bring to where it stood what a checkpoint does not hold: learning rates after a rollback,
-        and a measurement that a request to stop left out.
+    def resume(self) -> None:
+        """Restore what no checkpoint holds: learning rates after a rollback, a missing evaluation.
+
+        A run whose checkpoint turns out to be diverged rolls back to the one before it.
         """
-        self.state.lr_scale = self.watch.lr_scale
-        now, total = self.state.images_seen, self.config.total_images
-        was_due = now > 0 and self.measuring.due(now - self.config.batch_size, now)
-        if was_due and self.watch.measured_until < now < total:
-            scores = self._measured()
-            if self.config.keep.best is not None and scores is not None:
-                self.writer.save(self.state, scores=scores)
-        has_none = distributed.from_main(checkpoint.newest(self.folder) is None, self.world)
-        if has_none and not self.watch.is_spent:
-            self.writer.save(self.state)  # so that there is somewhere to go back to
+        self.state.lr_scale = self.monitor.lr_scale
+        try:
+            self._make_up_evaluation()
+            no_checkpoint = distributed.from_main(
+                checkpoint.newest(self.folder) is None, self.world
+            )
+            if no_checkpoint and not self.monitor.is_spent:
+                self.writer.save(self.state)  # so that there is a checkpoint to roll back to
+        except Diverged as error:
+            if self.world.is_main and not self.monitor.is_spent:
+                checkpoint.drop_newest(self.folder)
+            distributed.barrier(self.world)
+            self.roll_back(error)
 
-    def after_round(self, stop_requested: Callable[[], bool]) -> None:
-        """Show, measure and save what is due. Raises Diverged and Interrupted."""
-        now, total = self.state.images_seen, self.config.total_images
-        before, last = now - self.config.batch_size, now >= total
-        stop = any_rank(stop_requested(), self.world) and not last
-        if last or stop or Every.kimg(self.config.readings_every_kimg).due(before, now):
-            self.watch.row(now, self.status.row(now))
-        scores: Mapping[str, float] | None = {}
-        if last or (self.measuring.due(before, now) and not stop):
-            scores = self._measured_or_saved()
-        stop = stop or scores is None
-        saves = Every.kimg(self.config.checkpoint_every_kimg).due(before, now)
-        if last or stop or saves or self.is_over_early:
-            self.writer.save(self.state, scores=scores or {})
-        if stop:
-            self.wait_for_writing()
+    def _make_up_evaluation(self) -> None:
+        """Evaluate now if a request to stop cancelled the evaluation that was due here."""
+        now = self.state.images_seen
+        was_due = now > 0 and self._evaluation_is_due(now)
+        if not was_due or not self.monitor.evaluated_until < now < self.config.total_images:
+            return
+        try:
+            scores = self._evaluate()
+        except EvaluationCancelled:
+            return
+        if self.config.keep.best is not None:
+            self.writer.save(self.state, scores=scores)
+
+    def after_iteration(self) -> None:
+        """Log, evaluate and save what is due. Raises Diverged and Interrupted."""
+        now = self.state.images_seen
+        before, is_last = now - self.config.batch_size, now >= self.config.total_images
+        stops = any_rank(self.stop_requested(), self.world) and not is_last
+
+        # log the means since the last row
+        if is_last or stops or Every.kimg(self.config.stats_every_kimg).due(before, now):
+            self.monitor.add_stats(now, self.progress.log(now))
+
+        # evaluate; a cancelled evaluation means a request to stop
+        scores: Mapping[str, float] = {}
+        if is_last or (self._evaluation_is_due(now) and not stops):
+            try:
+                scores = self._evaluate_or_save()
+            except EvaluationCancelled:
+                stops = True
+
+        # save
+        is_due = Every.kimg(self.config.checkpoint_every_kimg).due(before, now)
+        if is_last or stops or is_due or self.stops_early:
+            self.writer.save(self.state, scores=scores)
+        if stops:
+            self._wait_for_writer()
             raise Interrupted
 
-    def drop_newest(self) -> None:
-        """Remove the checkpoint that a resumed run began from, which was found to be bad, where the
-        run is to go back to one before it.
-        """
-        if self.world.is_main and not self.watch.is_spent:
-            checkpoint.drop_newest(self.folder)
-        distributed.barrier(self.world)
-
-    def go_back(self, diverged: Diverged) -> None:
-        """Go on from an earlier checkpoint. Raises Diverged where that is not to be."""
-        self.wait_for_writing()
-        done = go_back(
+    def roll_back(self, error: Diverged) -> None:
+        """Go on from an earlier checkpoint. Raises the error where the settings forbid it."""
+        self._wait_for_writer()
+        rollback = roll_back(
             self.state,
-            diverged,
-            self.watch,
+            error,
+            self.monitor,
             folder=self.folder,
             keep=self.config.keep,
             world=self.world,
         )
-        if done is None:
+        if rollback is None:
             if self.world.is_main:
-                row = {"images_seen": self.state.images_seen, "diverged": {"why": diverged.why}}
-                self.folder.append_reading(row)
-            raise diverged
-        self.watch = _watch(self.config, self.folder, self.world)
-        self.status.begin_again(self.state.images_seen)
+                self.folder.log.append(
+                    Divergence(images_seen=self.state.images_seen, why=error.why)
+                )
+            raise error
+        self.monitor = self._new_monitor()
+        self.progress.restart(self.state.images_seen)
 
-    def wait_for_writing(self) -> None:
-        """Wait, on all ranks, until what was begun is on the disk: no rank then ends before it."""
-        self.writer.wait()
-        distributed.barrier(self.world)
-
-    def say_what_was_best(self) -> None:
-        """Write down why the run ended early, and that a checkpoint is better than its end."""
-        if not self.world.is_main:
+    def log_best(self) -> None:
+        """Log why the run ended early, and which checkpoint is better than its end."""
+        curve = self.monitor.curve
+        if not self.world.is_main or not curve:
             return
-        now, curve = self.state.images_seen, self.watch.curve
-        rows = self.folder.read_readings()
-        if not curve or any("early_stop" in row or "best" in row for row in rows):
-            return
-        if self.is_over_early and self.watch.best is not None:
-            known = self._known(self.watch.best)
-            _log.info("ends early, after %d images: %s", now, _in_words(known))
-            self.folder.append_reading({"images_seen": now, "early_stop": known})
+        now, rows = self.state.images_seen, self.folder.log.rows()
+        if any(isinstance(row, EarlyStop | Best) for row in rows):
+            return  # an earlier process did
+        if self.stops_early and self.monitor.best is not None:
+            early = EarlyStop(images_seen=now, **self._score_fields(self.monitor.best))
+            _log.info("ends early, after %d images: %s", now, _sentence(early))
+            self.folder.log.append(early)
         path = checkpoint.best(self.folder, self.config.keep)
-        kept = [] if path is None else [s for s in curve if s.images_seen == int(path.stem)]
-        if path is not None and kept and self.watch.is_better(kept[-1], curve[-1]):
-            known = {**self._known(kept[-1]), "checkpoint": path.name}
-            _log.info("%s is better than the end: %s", path, _in_words(known))
-            self.folder.append_reading({"images_seen": now, "best": known})
+        saved = [] if path is None else [s for s in curve if s.images_seen == int(path.stem)]
+        if path is not None and saved and self.monitor.is_better(saved[-1], curve[-1]):
+            best = Best(images_seen=now, checkpoint=path.name, **self._score_fields(saved[-1]))
+            _log.info("%s is better than the end: %s", path, _sentence(best))
+            self.folder.log.append(best)
 
-    def _known(self, score: Score) -> dict[str, object]:
+    def _score_fields(self, score: Score) -> dict:
+        assert self.monitor.watched is not None
         return {
-            "metric": self.watch.metric,
+            "metric": self.monitor.watched.name,
             "value": score.value,
             "at_images_seen": score.images_seen,
         }
 
-    def _measured_or_saved(self) -> Mapping[str, float] | None:
-        """Return what is measured now; what goes wrong there does not cost what was trained."""
+    def _evaluation_is_due(self, now: int) -> bool:
+        return Every.kimg(self.evaluate_every_kimg).due(now - self.config.batch_size, now)
+
+    def _evaluate_or_save(self) -> Mapping[str, float]:
+        """Return the metrics; an error while evaluating does not cost the training before it."""
         try:
-            return self._measured()
-        except Diverged:
+            return self._evaluate()
+        except (Diverged, EvaluationCancelled):
             raise
         except Exception:
-            if not self.config.shard:  # else all ranks would have to be here
+            if not self.config.shard:  # saving shards needs all ranks, and this one may be alone
                 self.writer.save(self.state)
             raise
 
-    def _measured(self) -> Mapping[str, float] | None:
-        """Return what is measured now, the same on all ranks, after writing it down; None where it
-        was given up. Raises Diverged.
+    def _evaluate(self) -> Mapping[str, float]:
+        """Return the metrics of the state, the same on all ranks, after logging them.
+
+        Raises Diverged where they are far worse than at the start, and EvaluationCancelled.
         """
-        if self.measure is None:
+        if self.evaluate is None:
             return {}
-        now, found = self.state.images_seen, self.measure(self.state)
-        if found is None:
-            return None
-        scores = distributed.from_main(dict(found), self.world)
-        self.status.measured(now, scores)
-        self.watch.measured(now, scores)
+        now = self.state.images_seen
+        scores = distributed.from_main(dict(self.evaluate(self.state)), self.world)
+        self.progress.add_evaluation(now, scores)
+        self.monitor.add_evaluation(now, scores)
         return scores
 
+    def _wait_for_writer(self) -> None:
+        """Wait on all ranks for the pending checkpoint, so that no rank ends before it."""
+        self.writer.wait()
+        distributed.barrier(self.world)
 
-def _watch(config: Config, folder: RunFolder, world: World) -> Watch:
-    """Return what the readings say, the same on all ranks."""
-    rows = distributed.from_main(folder.read_readings() if world.is_main else [], world)
-    keep = config.keep
-    return Watch(
-        config.divergence, rows, metric=keep.best or "fid", highest=keep.best_is == "highest"
-    )
+    def _new_monitor(self) -> DivergenceMonitor:
+        """Return a monitor of the log so far, the same on all ranks."""
+        rows = distributed.from_main(
+            self.folder.log.rows() if self.world.is_main else [], self.world
+        )
+        keep = self.config.keep
+        watched = self.watched
+        if keep.best is not None:
+            watched = WatchedMetric(keep.best, highest=keep.best_is == "highest")
+        return DivergenceMonitor(self.config.divergence, rows, watched=watched)
 
 
-def _refuse_what_cannot_be(config: Config, world: World, *, measures: bool) -> None:
+def _check_config(config: Config, world: World, *, evaluates: bool) -> None:
+    """Raise UserError for settings that this many processes or this recipe cannot serve."""
     if config.batch_size < world.size:
         raise UserError(
             f"training.batch_size is {config.batch_size}, fewer than the {world.size} processes: "
             "start fewer, or make it larger"
         )
+
+    # FSDP runs the networks equally often in all processes
     size = config.micro_batch_size or config.batch_size
     fewest, most = config.batch_size // world.size, -(-config.batch_size // world.size)
     if config.shard and world.size > 1 and -(-fewest // size) != -(-most // size):
@@ -255,14 +274,13 @@ def _refuse_what_cannot_be(config: Config, world: World, *, measures: bool) -> N
             f"and {most} images in parts of training.micro_batch_size={size} do not: choose a "
             f"training.batch_size that is a multiple of {world.size}"
         )
-    if config.early_stop_kimg is not None and not measures:
+
+    if config.early_stop_kimg is not None and not evaluates:
         raise UserError(
             "training.early_stop_kimg needs measurements while training: set evaluation.every_kimg "
             "and a reference, or leave it out"
         )
 
 
-def _in_words(known: Mapping[str, object]) -> str:
-    return (
-        f"{known['metric']} was best after {known['at_images_seen']} images, {known['value']:.4g}"
-    )
+def _sentence(score: EarlyStop | Best) -> str:
+    return f"{score.metric} was best after {score.at_images_seen} images, {score.value:.4g}"

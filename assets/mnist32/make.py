@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import teachers
 from assets.mnist32 import adversarial
+from core.disk import atomic_write
 from core.distributed import World
-from core.run_folder import atomic_write
 from data.images import Images
 from eval import edm_sampler, features, measuring, reference, suite
 from eval.samples import images_of_seeds

@@ -29,7 +29,7 @@ def sleeping(function):
 @pytest.mark.parametrize(
     ("owner", "name", "part", "calls"),
     [
-        (training_step, "follow", "moving average", 1),
+        (training_step, "update_ema", "moving average", 1),
         (training_step, "_checked_norms", "gradient norms and check", 2),
         (trainer, "any_rank", "other", 1),
         (Draws, "normal", "draws", 6),

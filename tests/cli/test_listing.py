@@ -104,9 +104,9 @@ def test_ends_are_told_apart(tmp_path: Path) -> None:
     [
         ("recipe.yaml", "student: [", "recipe.yaml"),
         ("recipe.yaml", "name: x\nstuden: {}", "studen"),
-        ("readings.jsonl", "{}\n", "line 1: no reading"),
-        ("readings.jsonl", "what\n{}\n", "line 1: expected a JSON object"),
-        ("readings.jsonl", '{"images_seen": 0, "measured": 3}\n', ""),
+        ("stats.jsonl", "{}\n", "line 1: no reading"),
+        ("stats.jsonl", "what\n{}\n", "line 1: expected a JSON object"),
+        ("stats.jsonl", '{"images_seen": 0, "measured": 3}\n', ""),
     ],
 )
 def test_an_unreadable_run_is_named_with_the_reason(

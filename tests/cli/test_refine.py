@@ -55,7 +55,7 @@ def test_a_run_leaves_its_files_and_no_others(finished: Finished) -> None:
     """Recipe, readings, the newest two checkpoints, samples, refined weights and report."""
     expected = [
         *("checkpoints/000000000064.pt", "checkpoints/000000000080.pt"),
-        *(".lock", "readings.jsonl", "recipe.yaml", "report/curve.png"),
+        *(".lock", "stats.jsonl", "recipe.yaml", "report/curve.png"),
         *(f"report/report.{kind}" for kind in ("html", "json", "md", "png")),
         *(f"samples/{images:012d}.png" for images in (0, 32, 64, 80)),
         *("student.safetensors", "teacher-samples.npz"),
@@ -250,7 +250,7 @@ def test_readings_hold_every_row_once(finished: Finished) -> None:
     """One row for each kind of reading at each image count."""
     kinds = Counter(
         (row["images_seen"], next(k for k in row if k != "images_seen"))
-        for row in finished.folder.read_readings()
+        for row in finished.folder.log.rows()
     )
     assert set(kinds.values()) == {1}
     assert kinds.keys() >= {(0, "before"), (0, "measured"), (80, "measured"), (80, "after")}

@@ -29,8 +29,8 @@ from training import checkpoint
 
 SIGNALLED = """
 import os, sys, time, refine
-from training.progress import Status
-number, row = int(sys.argv.pop(1)), Status.row
+from training.progress import Progress
+number, row = int(sys.argv.pop(1)), Progress.log
 def row_with_a_signal(self, images_seen):
     means = row(self, images_seen)
     if images_seen == 48:
@@ -39,7 +39,7 @@ def row_with_a_signal(self, images_seen):
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
     return means
-Status.row = row_with_a_signal
+Progress.log = row_with_a_signal
 refine.main(sys.argv[1:], prog_name="refine.py")
 """
 """The command, sent a signal once 48 images are read off, 16 after the checkpoint at 32, and once
@@ -67,14 +67,14 @@ refine.main(sys.argv[1:], prog_name="refine.py")
 
 TIMED = """
 import runpy, sys, time
-from training.progress import Status
-file, row = sys.argv.pop(1), Status.row
+from training.progress import Progress
+file, row = sys.argv.pop(1), Progress.log
 def row_with_its_time(self, images_seen):
     means = row(self, images_seen)
     with open(file, "a") as ends:
         ends.write(f"{images_seen} {time.time()}\\n")
     return means
-Status.row = row_with_its_time
+Progress.log = row_with_its_time
 runpy.run_path("refine.py", run_name="__main__")
 """
 """The command, which notes when each row of readings was written: at the end of each round."""
@@ -124,7 +124,7 @@ def signalled(
 
 def rows_of(folder: RunFolder) -> Counter[tuple[object, str]]:
     """Return how often each kind of reading stands at each image count; sessions are left out."""
-    rows = folder.read_readings()
+    rows = folder.log.rows()
     kinds = [(row["images_seen"], next(k for k in row if k != "images_seen")) for row in rows]
     return Counter(kind for kind in kinds if kind[1] != "session")
 
@@ -250,7 +250,7 @@ def test_a_run_under_load_is_saved_and_gone_soon_after_its_round(
     5 s of the end of the round that it met, and that round is saved.
     """
     settings = ["training.duration_kimg=1000", "training.checkpoint_every_kimg=0"]
-    settings += ["training.readings_every_kimg=0.008", "evaluation.every_kimg=0"]
+    settings += ["training.stats_every_kimg=0.008", "evaluation.every_kimg=0"]
     arguments = ["--gan", str(recipe), *settings, "--outdir", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-c", TIMED, str(tmp_path / "ends"), *arguments],

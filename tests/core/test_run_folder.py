@@ -95,8 +95,8 @@ def _with_readings(tmp_path: Path) -> RunFolder:
 
 def test_readings_come_back_as_they_were_written(tmp_path: Path) -> None:
     """A reading is on the disk when the call returns, with every digit."""
-    assert RunFolder(tmp_path).read_readings() == []
-    rows = _with_readings(tmp_path).read_readings()
+    assert RunFolder(tmp_path).log.rows() == []
+    rows = _with_readings(tmp_path).log.rows()
     assert rows == [{"images_seen": n, "fid": n / 3} for n in (0, 64, 128)]
 
 
@@ -107,7 +107,7 @@ def test_a_last_line_that_was_cut_is_left_out(tmp_path: Path, cut: int) -> None:
     folder.readings.write_bytes(folder.readings.read_bytes()[:-cut])
     folder.keep_readings_until(10**9)
     folder.append_reading({"images_seen": 192})
-    assert [row["images_seen"] for row in folder.read_readings()] == [0, 64, 192]
+    assert [row["images_seen"] for row in folder.log.rows()] == [0, 64, 192]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"images_seen": 64}\n', b"cut", b"\n\ncut"])
@@ -124,8 +124,8 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     """Only a cut last line is expected; another is told, not skipped."""
     folder = _with_readings(tmp_path)
     folder.readings.write_text("oops\n" + folder.readings.read_text())
-    with pytest.raises(UserError, match=r"readings.jsonl, line 1: .*'oops'"):
-        folder.read_readings()
+    with pytest.raises(UserError, match=r"stats.jsonl, line 1: .*'oops'"):
+        folder.log.rows()
 
 
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ with folder.exclusive():
     assert begun.exists() is False
 (folder.path / "ballast").unlink()
 folder.append_reading({"images_seen": 192})
-print(path.stat().st_size, [row["images_seen"] for row in folder.read_readings()])
+print(path.stat().st_size, [row["images_seen"] for row in folder.log.rows()])
 print(sorted(path.name for path in folder.path.iterdir() if path.is_file()))
 """
 
@@ -326,5 +326,5 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     *sentences, sizes, names = done.stdout.splitlines()
     assert len(sentences) == 2 and "state: cannot be written: No space" in sentences[0]
-    assert "readings.jsonl: cannot be written: No space left on device; free some" in sentences[1]
-    assert sizes == "10000 [64, 192]" and names == "['.lock', 'readings.jsonl', 'state']"
+    assert "stats.jsonl: cannot be written: No space left on device; free some" in sentences[1]
+    assert sizes == "10000 [64, 192]" and names == "['.lock', 'stats.jsonl', 'state']"

@@ -23,7 +23,7 @@ from core.run_folder import RunFolder
 from rank_runs import run_as_ranks
 from training import checkpoint
 from training.state import TrainState, start
-from training.trainer import Config, train
+from training.trainer import Config, Trainer
 
 BATCH, ROUNDS, HALF = 10, 20, 10
 """Ten images are shared by four ranks as 2, 3, 2, 3."""
@@ -115,7 +115,7 @@ def trained(
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     distributed.barrier(world)
     checkpoint.restore_newest(state, run, world)
-    return train(state, objective, config, folder=run, world=world)
+    return Trainer(state, objective, config, folder=run, world=world).train()
 
 
 def _rank(world: World, folder: Path) -> None:

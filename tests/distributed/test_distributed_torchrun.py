@@ -25,7 +25,7 @@ from core.errors import UserError
 from training import checkpoint, trainer
 how, counters = sys.argv.pop(1), ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 first = all(os.environ.get(name, "0") == "0" for name in counters)
-rank, play = int(os.environ["RANK"]), trainer.play_round
+rank, play = int(os.environ["RANK"]), trainer.training_iteration
 
 def play_and_break(state, *arguments, **options):
     yield from play(state, *arguments, **options)
@@ -40,7 +40,7 @@ def play_and_break(state, *arguments, **options):
 def save(content, path):
     raise OSError(28, "No space left on device")
 
-trainer.play_round = play_and_break
+trainer.training_iteration = play_and_break
 if how == "has a full disk":
     torch.save = save
 runpy.run_path("refine.py", run_name="__main__")

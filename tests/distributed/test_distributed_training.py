@@ -23,7 +23,7 @@ from teachers import edm, gaussian
 from tiny_networks import songunet_config
 from training import checkpoint
 from training.state import TrainState, start
-from training.trainer import Config, Diverged, Interrupted, train
+from training.trainer import Config, Diverged, Interrupted, Trainer
 
 ALONE = World.single()
 CLASSES = 3
@@ -82,7 +82,7 @@ def trained(case: str, folder: RunFolder, world: World) -> TrainState:
     )
     shared = case.endswith("shared batch")
     objective = diff_instruct.build(diff_instruct.Config(score_steps=2, shared_batch=shared))
-    return train(state, objective, config, folder=folder, world=world)
+    return Trainer(state, objective, config, folder=folder, world=world).train()
 
 
 def weights(state: TrainState) -> dict[str, dict[str, Tensor]]:
@@ -132,7 +132,7 @@ def _rolled_back(world: World, folder: RunFolder) -> list[float]:
         }
     )
     state = start(networks("gaussian"), student_lr=1.0, score_lr=1.0, optimizer=config.optimizer)
-    train(state, Objective(), config, folder=folder, world=world)
+    Trainer(state, Objective(), config, folder=folder, world=world).train()
     total = torch.stack([p.detach().double().sum() for p in state.networks.student.parameters()])
     return [float(state.images_seen), state.lr_scale, *total.tolist()]
 
@@ -144,7 +144,9 @@ def _message(loss: object, world: World, folder: RunFolder, *, stop: bool) -> st
     config = Config(duration_kimg=0.02, batch_size=4)
     state = start(networks("gaussian"), student_lr=0.1, score_lr=0.1, optimizer=config.optimizer)
     try:
-        train(state, Objective(), config, folder=folder, world=world, stop_requested=lambda: stop)
+        Trainer(
+            state, Objective(), config, folder=folder, world=world, stop_requested=lambda: stop
+        ).train()
     except (Diverged, Interrupted) as error:
         return f"{type(error).__name__} after {state.images_seen}"
     return "went through"
@@ -201,7 +203,7 @@ def test_ranks_end_with_the_same_bytes(two_ranks: tuple[list[dict], Path], case:
 def test_rank_0_alone_writes(two_ranks: tuple[list[dict], Path]) -> None:
     """One row of readings and one checkpoint, which holds the trained weights."""
     folder = RunFolder(two_ranks[1] / "edm")
-    assert [row["images_seen"] for row in folder.read_readings()] == [16]
+    assert [row["images_seen"] for row in folder.log.rows()] == [16]
     (path,) = folder.checkpoints.iterdir()
     assert path == checkpoint.newest(folder)
     saved = torch.load(path, weights_only=True)["student"]
@@ -218,7 +220,7 @@ def test_all_ranks_go_back_together(two_ranks: tuple[list[dict], Path]) -> None:
     """A loss that is bad on one rank takes both to the same checkpoint and lower rate, once."""
     first, second = (found["rolled back"] for found in two_ranks[0])
     assert first == second and first[:2] == [20.0, 0.5]
-    rows = RunFolder(two_ranks[1] / "rolled back").read_readings()
+    rows = RunFolder(two_ranks[1] / "rolled back").log.rows()
     (done,) = (row["rollback"] for row in rows if "rollback" in row)
     assert isinstance(done, dict)
     assert (done["from_images_seen"], done["to_images_seen"]) == (12, 12)

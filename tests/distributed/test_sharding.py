@@ -22,7 +22,7 @@ from tiny_networks import songunet_config
 from training import checkpoint, fsdp
 from training.loss_scale import LossScale
 from training.state import TrainState, start
-from training.trainer import Config, train
+from training.trainer import Config, Trainer
 
 ALONE = World.single()
 BATCH, ROUNDS, HALF = 6, 4, 2
@@ -81,7 +81,7 @@ def trained(case: str, folder: RunFolder, world: World, *, rounds: int = ROUNDS)
     state.loss_scales = {name: LossScale(256.0) for name in ("score", "student")}  # for float16
     checkpoint.restore_newest(state, folder, world)
     objective = diff_instruct.build(diff_instruct.Config())
-    return train(state, objective, config, folder=folder, world=world)
+    return Trainer(state, objective, config, folder=folder, world=world).train()
 
 
 def saved(folder: RunFolder) -> dict[str, dict[str, Tensor]]:
@@ -256,4 +256,4 @@ def test_shares_that_would_leave_a_process_waiting_are_refused(tmp_path: Path) -
     objective = diff_instruct.build(diff_instruct.Config())
     folder = RunFolder.create(tmp_path, "uneven")
     with pytest.raises(UserError, match="multiple of 2"):
-        train(state, objective, config, folder=folder, world=world)
+        Trainer(state, objective, config, folder=folder, world=world).train()

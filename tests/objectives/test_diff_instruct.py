@@ -219,7 +219,7 @@ def test_a_student_that_is_the_teacher_feels_no_pull(weighting: Weighting) -> No
     output = student_loss(networks, samples, config=Config(weighting=weighting))
     output.per_image.sum().backward()
     assert all(not parameter.grad.any() for parameter in student.parameters())
-    assert output.readings["pull"] == 0
+    assert output.stats["pull"] == 0
 
 
 class _Unlabelled(nn.Module):
@@ -327,7 +327,7 @@ def test_loss_is_one_number_an_image_and_readings_are_means() -> None:
     for phase in build(Config()).phases:
         output = phase.loss(networks, samples)
         assert output.per_image.shape == (8,) and output.per_image.requires_grad
-        for reading in output.readings.values():
+        for reading in output.stats.values():
             assert reading.shape == () and not reading.requires_grad
 
 
@@ -411,7 +411,7 @@ def test_a_gaussian_student_becomes_its_teacher(tmp_path: Path, shared_batch: bo
     settings = Config(weighting="edm", head_start_kimg=5, shared_batch=shared_batch)
     objective = build(settings)
     folder = RunFolder.create(tmp_path, "gaussian")
-    trainer.train(state, objective, config, folder=folder, world=World.single())
+    trainer.Trainer(state, objective, config, folder=folder, world=World.single()).train()
     ema, covariance = state.student_ema, factor @ factor.t()
     began = torch.diag(STUDENT_STD.square())
     assert (STUDENT_MEAN - TEACHER_MEAN).abs().max() > 0.3

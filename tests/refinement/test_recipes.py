@@ -94,7 +94,9 @@ def test_the_unconditional_cifar10_recipe_trains_networks_of_the_published_shape
         optimizer=recipe.training.optimizer,
     )
     for phase in parts.objective.phases:
-        readings = step.update(phase, 0, began, recipe.training, trained=networks, world=ALONE)
+        readings = step.optimizer_step(
+            phase, 0, began, recipe.training, trained=networks, world=ALONE
+        )
         assert all(value.isfinite() for value in readings.values())
         assert readings[f"{phase.name}_gradient"] > 0
 

@@ -32,7 +32,7 @@ training:
   student_lr: 1e-3
   score_lr: 1e-3
   ema_halflife_kimg: 0.01
-  readings_every_kimg: 0.016
+  stats_every_kimg: 0.016
   checkpoint_every_kimg: 0.032
 evaluation:
   reference: teacher

@@ -361,9 +361,9 @@ def go(
     """Train with one score pass for both networks; return the run's folder."""
     objective = diff_instruct.build(diff_instruct.Config(shared_batch=True, score_steps=2))
     folder = RunFolder.create(path, "run")
-    trainer.train(
+    trainer.Trainer(
         state, objective, TRAINING, folder=folder, world=ALONE, stop_requested=stop_requested
-    )
+    ).train()
     return folder
 
 

@@ -25,9 +25,9 @@ from objectives import diff_instruct
 from repository import ROOT
 from tiny_states import BATCH, CONFIG, begin
 from training import _checksum, checkpoint
-from training.checkpoint import Keep
+from training.checkpoint import Retention
 from training.state import TrainState
-from training.trainer import Config, Interrupted, train
+from training.trainer import Config, Interrupted, Trainer
 
 ALONE = World.single()
 
@@ -40,9 +40,9 @@ def go(
     config: Config = CONFIG,
 ) -> TrainState:
     objective = diff_instruct.build(diff_instruct.Config(score_steps=2, head_start_kimg=0.005))
-    return train(
+    return Trainer(
         state, objective, config, folder=folder, world=ALONE, stop_requested=stop_requested
-    )
+    ).train()
 
 
 def content_bytes(state: TrainState) -> dict[str, bytes | object]:
@@ -145,7 +145,7 @@ def test_the_newest_two_are_kept(folder: RunFolder) -> None:
     assert newest(folder).name == names[1] and checkpoint.images_saved(folder) == 10_000
 
 
-def kept_of(folder: RunFolder, keep: Keep, scores: dict[int, float]) -> list[int]:
+def kept_of(folder: RunFolder, keep: Retention, scores: dict[int, float]) -> list[int]:
     """Return the image counts of the checkpoints left of those saved with these scores."""
     state = begin()
     for state.images_seen, score in scores.items():
@@ -155,21 +155,21 @@ def kept_of(folder: RunFolder, keep: Keep, scores: dict[int, float]) -> list[int
 
 def test_the_best_is_kept(folder: RunFolder) -> None:
     """It stays until a better one comes; what is not a number is never the best."""
-    keep = Keep(newest=1, best="fid")
+    keep = Retention(newest=1, best="fid")
     assert kept_of(folder, keep, {4: 9.0, 8: 3.0, 12: math.nan, 16: 5.0, 20: 3.0}) == [8, 20]
     assert kept_of(folder, keep, {24: 2.0, 28: 2.5}) == [24, 28]
 
 
 def test_the_best_may_be_the_highest(folder: RunFolder) -> None:
     """The score of the highest recall; a metric that was not measured keeps nothing."""
-    keep = Keep(newest=1, best="recall", best_is="highest")
+    keep = Retention(newest=1, best="recall", best_is="highest")
     assert kept_of(folder, keep, {4: 9.0, 8: 3.0, 12: 5.0, 16: 6.0}) == [8, 16]
-    assert kept_of(folder, Keep(newest=1, best="kid"), {20: 9.0}) == [20]
+    assert kept_of(folder, Retention(newest=1, best="kid"), {20: 9.0}) == [20]
 
 
 def test_one_of_every_so_many_images_is_kept(folder: RunFolder) -> None:
     """The first at or after each multiple stays, beside the newest, and none before the first."""
-    keep = Keep(newest=1, every_kimg=0.1)
+    keep = Retention(newest=1, every_kimg=0.1)
     counts = [4, 96, 104, 108, 200, 204, 420, 490]
     assert kept_of(folder, keep, dict.fromkeys(counts, 1.0)) == [104, 200, 420, 490]
     assert kept_of(folder, keep, {510: 1.0}) == [104, 200, 420, 510]
@@ -184,7 +184,7 @@ def test_an_old_one_that_cannot_be_removed_is_no_failure(
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert kept_of(folder, Keep(newest=1), {4: 1.0, 8: 1.0}) == [4, 8]
+    assert kept_of(folder, Retention(newest=1), {4: 1.0, 8: 1.0}) == [4, 8]
     assert "000000000004.pt cannot be removed: Operation not permitted" in caplog.text
 
 

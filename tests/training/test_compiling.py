@@ -24,7 +24,7 @@ from training import checkpoint, compilation
 from training.compilation import Mode, compiled
 from training.config import Config
 from training.state import TrainState, start
-from training.trainer import train
+from training.trainer import Trainer
 
 ALONE = World.single()
 CPU = ALONE.device
@@ -94,7 +94,7 @@ def config_of(mode: Mode | None, *, rounds: int = 4) -> Config:
 def trained(folder: RunFolder, config: Config) -> TrainState:
     state = begun(config)
     checkpoint.restore_newest(state, folder, ALONE)
-    return train(state, Objective(), config, folder=folder, world=ALONE)
+    return Trainer(state, Objective(), config, folder=folder, world=ALONE).train()
 
 
 def vector(network: nn.Module) -> Tensor:
@@ -154,15 +154,15 @@ def test_nothing_is_compiled_twice(tmp_path: Path) -> None:
         def measure(now: TrainState) -> dict[str, float]:
             return {"fid": float(now.student_ema(torch.ones(5, 4)).sum().detach())}
 
-        train(
+        Trainer(
             state,
             Objective(),
             config,
             folder=RunFolder.create(tmp_path, name),
             world=ALONE,
-            measure=measure,
-            measure_every_kimg=0.014,
-        )
+            evaluate=measure,
+            evaluate_every_kimg=0.014,
+        ).train()
         return counters["stats"]["unique_graphs"]
 
     assert forms("two", 2) == forms("ten", 10) > 0

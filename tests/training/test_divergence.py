@@ -17,9 +17,9 @@ from core.randomness import Draws
 from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
 from training import checkpoint
-from training.divergence import Diverged, DivergenceConfig, Watch
+from training.divergence import Diverged, DivergenceConfig
 from training.state import TrainState, start
-from training.trainer import Config, Interrupted, train
+from training.trainer import Config, Interrupted, Trainer
 
 ALONE = World.single()
 BATCH = 10
@@ -48,8 +48,8 @@ def test_a_reading_far_above_its_running_median_is_divergence(name: str) -> None
     watch(*rows).row(11, {**HEALTHY, name: 99 * usual})
     with pytest.raises(Diverged, match=rf"after 11 images {name} is .*101 times its median"):
         watch(*rows).row(11, {**HEALTHY, name: 101 * usual})
-    watch(*rows, reading_factor=None).row(11, {**HEALTHY, name: 1e30})
-    watch(*rows, reading_factor=200).row(11, {**HEALTHY, name: 101 * usual})
+    watch(*rows, stats_factor=None).row(11, {**HEALTHY, name: 1e30})
+    watch(*rows, stats_factor=200).row(11, {**HEALTHY, name: 101 * usual})
 
 
 def test_nothing_is_judged_before_there_is_a_range() -> None:
@@ -130,7 +130,7 @@ def settings(**changed: object) -> Config:
         "batch_size": BATCH,
         "student_lr": 3.0,  # |1 - 3| > 1: the number doubles each round
         "optimizer": {"name": "SGD"},
-        "readings_every_kimg": BATCH / 1000,
+        "stats_every_kimg": BATCH / 1000,
         "checkpoint_every_kimg": 5 * BATCH / 1000,
         "divergence": {"action": "rollback", "lr_factor": 0.5},
     }
@@ -152,20 +152,20 @@ def run(
     stop_requested: Callable[[], bool] = lambda: False,
     objective: object = None,
 ) -> TrainState:
-    return train(
+    return Trainer(
         state or begin(config),
         objective or Runaway(),
         config,
         folder=folder,
         world=ALONE,
-        measure=measure,
-        measure_every_kimg=0.0 if measure is None else 5 * BATCH / 1000,
+        evaluate=measure,
+        evaluate_every_kimg=0.0 if measure is None else 5 * BATCH / 1000,
         stop_requested=stop_requested,
-    )
+    ).train()
 
 
 def rows_of(folder: RunFolder, kind: str) -> list[dict]:
-    return [row[kind] for row in folder.read_readings() if kind in row]
+    return [row[kind] for row in folder.log.rows() if kind in row]
 
 
 def numbers(state: TrainState) -> list[float]:
@@ -182,7 +182,7 @@ def test_a_run_goes_back_and_on_at_a_lower_rate(folder: RunFolder) -> None:
     assert done["lr_scale"] == 0.5 == state.lr_scale
     assert done["to_images_seen"] < done["from_images_seen"] < 60 * BATCH
     assert state.images_seen == 60 * BATCH and abs(numbers(state)[0]) < 1e-6
-    seen = [row["images_seen"] for row in folder.read_readings() if "size" in row]
+    seen = [row["images_seen"] for row in folder.log.rows() if "size" in row]
     assert seen == list(range(BATCH, 61 * BATCH, BATCH))
 
 
@@ -213,7 +213,7 @@ def test_by_default_it_stops(folder: RunFolder) -> None:
 
 def test_a_loss_that_is_not_finite_goes_back_too(folder: RunFolder) -> None:
     """Also where nothing is saved but the start."""
-    config = settings(checkpoint_every_kimg=0, divergence={**DIVERGENCE, "reading_factor": None})
+    config = settings(checkpoint_every_kimg=0, divergence={**DIVERGENCE, "stats_factor": None})
     state = run(folder, config.model_copy(update={"student_lr": 1e20}))
     assert {row["to_images_seen"] for row in rows_of(folder, "rollback")} == {0}
     assert state.images_seen == 60 * BATCH
@@ -244,7 +244,7 @@ def test_a_resumed_run_keeps_the_lower_rate_and_the_same_bytes(
     folder: RunFolder, tmp_path: Path
 ) -> None:
     """Stopped after it went back, or before it would, it ends as the run that nothing stopped."""
-    config = settings(readings_every_kimg=BATCH / 1000, checkpoint_every_kimg=0.02)
+    config = settings(stats_every_kimg=BATCH / 1000, checkpoint_every_kimg=0.02)
     expected = run(folder, config)
     (done,) = rows_of(folder, "rollback")
     for number, rounds in enumerate((3, 12, 20)):
@@ -264,7 +264,7 @@ def test_that_a_run_went_back_is_never_dropped(folder: RunFolder) -> None:
     folder.append_reading({"images_seen": 50, "rollback": {"lr_scale": 0.5}})
     folder.append_reading({"images_seen": 50, "measured": {}})
     folder.keep_readings_until(20, then=[{"images_seen": 20, "x": 1}])
-    assert folder.read_readings() == [
+    assert folder.log.rows() == [
         {"images_seen": 50, "rollback": {"lr_scale": 0.5}},
         {"images_seen": 20, "x": 1},
     ]
@@ -285,9 +285,9 @@ def test_a_metric_that_no_longer_improves_ends_the_run(folder: RunFolder) -> Non
     known = {"metric": "fid", "value": 1.0, "at_images_seen": 150}
     assert rows_of(folder, "early_stop") == [known]
     assert rows_of(folder, "best") == [{**known, "checkpoint": "000000000150.pt"}]
-    before = folder.read_readings()
+    before = folder.log.rows()
     run(folder, config, state=state, measure=improving_until(150))
-    assert state.images_seen == 250 and folder.read_readings() == before
+    assert state.images_seen == 250 and folder.log.rows() == before
 
 
 def test_a_run_that_goes_on_improving_is_not_ended(folder: RunFolder) -> None:
@@ -317,7 +317,7 @@ def test_a_measurement_that_a_stop_left_out_is_made_up_for(folder: RunFolder) ->
     state = begin(config)
     checkpoint.restore_newest(state, folder, ALONE)
     run(folder, config, state=copy.copy(state), measure=measure)
-    seen = [row["images_seen"] for row in folder.read_readings() if "measured" in row]
+    seen = [row["images_seen"] for row in folder.log.rows() if "measured" in row]
     assert seen == list(range(50, 601, 50))
     best = checkpoint.best(folder, config.keep)
     assert best is not None and int(best.stem) == 50
@@ -337,7 +337,7 @@ def test_a_measurement_that_is_given_up_is_made_up_for(folder: RunFolder) -> Non
     state = begin(config)
     checkpoint.restore_newest(state, folder, ALONE)
     run(folder, config, state=copy.copy(state), measure=measure)
-    seen = [row["images_seen"] for row in folder.read_readings() if "measured" in row]
+    seen = [row["images_seen"] for row in folder.log.rows() if "measured" in row]
     assert seen == list(range(50, 601, 50))
 
 

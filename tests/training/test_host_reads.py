@@ -29,7 +29,7 @@ from tiny_networks import songunet_config
 from training import step
 from training.config import Config
 from training.state import start
-from training.step import play_round
+from training.step import training_iteration
 
 WAITING = {
     f"aten.{name}.default"
@@ -146,7 +146,7 @@ def rounds_of(case: Case, device: torch.device) -> Callable[[], object]:
     state = start(networks, student_lr=1e-4, score_lr=1e-4, optimizer=config.optimizer)
     objective = diff_instruct.build(diff_instruct.Config.model_validate(case.objective))
     alone = World.single(device)
-    return lambda: list(play_round(state, objective, config, trained=networks, world=alone))
+    return lambda: list(training_iteration(state, objective, config, trained=networks, world=alone))
 
 
 _ONE_STEP = one_step_edm.Config()
@@ -191,13 +191,13 @@ def test_each_way_to_wait_is_seen(
     read: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of them in the moving average adds itself to the list."""
-    follow = step.follow
+    follow = step.update_ema
 
     def following(average: nn.Module, network: nn.Module, *, decay: float) -> None:
         follow(average, network, decay=decay)
         read(torch.ones(2))
 
-    monkeypatch.setattr(step, "follow", following)
+    monkeypatch.setattr(step, "update_ema", following)
     play = rounds_of(CASES["one-step EDM"], torch.device("cpu"))
     with Waits() as waits:
         play()

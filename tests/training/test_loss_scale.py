@@ -20,7 +20,7 @@ from training.divergence import Diverged
 from training.loss_scale import LossScale
 from training.state import TrainState, start
 from training.step import update
-from training.trainer import train
+from training.trainer import Trainer
 
 ALONE = World.single()
 HALF_MAX = 65504.0
@@ -59,9 +59,9 @@ def begun(precision: str, *, rate: float = 1.0) -> tuple[TrainState, Config]:
             "precision": precision,
             "student_lr": rate,
             "optimizer": {"name": "SGD"},
-            "readings_every_kimg": 0.004,
+            "stats_every_kimg": 0.004,
             "checkpoint_every_kimg": 0.004,
-            "divergence": {"reading_factor": None},
+            "divergence": {"stats_factor": None},
         }
     )
     return start(
@@ -143,14 +143,14 @@ def test_a_resumed_run_has_the_factor_of_the_one_before(tmp_path: Path) -> None:
         state, config = begun("float16", rate=1e-3)
         checkpoint.restore_newest(state, folder, ALONE)
         config = config.model_copy(update={"duration_kimg": kimg})
-        return train(state, Scaled(4.0), config, folder=folder, world=ALONE)
+        return Trainer(state, Scaled(4.0), config, folder=folder, world=ALONE).train()
 
     straight = trained("straight", 0.02)
     trained("resumed", 0.008)
     resumed = trained("resumed", 0.02)
     assert resumed.loss_scales == straight.loss_scales == {"student": LossScale(2.0**14, 3)}
     assert torch.equal(moved(resumed), moved(straight))
-    rows = RunFolder(tmp_path / "resumed").read_readings()
+    rows = RunFolder(tmp_path / "resumed").log.rows()
     assert [row["student_skipped"] for row in rows if "student_skipped" in row] == [1, 1, 0, 0, 0]
 
 

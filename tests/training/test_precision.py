@@ -347,14 +347,14 @@ def _trained(precision: str, path: Path) -> tuple[nn.Module, set[torch.dtype]]:
         met.update({now.student_ema.denoiser.compute_dtype, now.networks.teacher.compute_dtype})
         return {}
 
-    trainer.train(
+    trainer.Trainer(
         state,
         diff_instruct.build(diff_instruct.Config()),
         config,
         folder=RunFolder.create(path, "precision"),
         world=World.single(),
-        measure=measure,
-    )
+        evaluate=measure,
+    ).train()
     return networks.student, met
 
 

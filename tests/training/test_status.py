@@ -17,7 +17,7 @@ from cli_runs import call, tiny_recipe
 from core.distributed import World
 from core.run_folder import RunFolder
 from training import progress as status_module
-from training.progress import Status
+from training.progress import Progress
 
 ALONE = World.single()
 
@@ -33,7 +33,10 @@ def test_a_line_of_progress_names_rate_time_memory_and_readings(
     """100 of 400 images in 10 s: 10 a second, half a minute left; memory is this process's peak."""
     now = iter([0.0, 10.0, 20.0])
     monkeypatch.setattr(status_module.time, "monotonic", lambda: next(now))
-    with caplog.at_level(logging.INFO), Status(folder, ALONE, images_seen=0, total_images=400) as s:
+    with (
+        caplog.at_level(logging.INFO),
+        Progress(folder, ALONE, images_seen=0, total_images=400) as s,
+    ):
         s.add({"score_loss": torch.tensor(2.5)})
         s.row(100)
     line = caplog.messages[-1]
@@ -49,12 +52,12 @@ def test_after_a_rollback_the_rate_and_the_means_begin_anew(
     """What was collected before is no part of the next row."""
     now = iter([0.0, 10.0, 20.0, 20.0])
     monkeypatch.setattr(status_module.time, "monotonic", lambda: next(now))
-    with Status(folder, ALONE, images_seen=0, total_images=400) as status:
+    with Progress(folder, ALONE, images_seen=0, total_images=400) as status:
         status.add({"score_loss": torch.tensor(1e9)})
-        status.begin_again(50)
+        status.restart(50)
         status.add({"score_loss": torch.tensor(2.0)})
-        assert status.row(100) == {"score_loss": 2.0}
-    assert folder.read_readings()[-1]["images_per_second"] == 5.0
+        assert status.log(100) == {"score_loss": 2.0}
+    assert folder.log.rows()[-1]["images_per_second"] == 5.0
 
 
 # TensorBoard --------------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ def test_tensorboard_shows_what_the_readings_hold(tmp_path: Path) -> None:
         path.unlink()
     assert call("--resume", folder.path).code == 0
     shown = curves(folder)
-    rows = folder.read_readings()
+    rows = folder.log.rows()
     for group, name in (("readings", "score_loss"), ("measured", "fid")):
         held = [
             (row["images_seen"], (row if group == "readings" else row["measured"])[name])
@@ -105,11 +108,11 @@ def test_a_run_that_goes_back_shows_no_step_twice(folder: RunFolder) -> None:
     """Steps later than where an event file begins are those of that file alone."""
     pytest.importorskip("tensorboard")
     Image.fromarray(np.zeros((4, 6), np.uint8)).save(folder.samples / f"{20:012d}.png")
-    with Status(folder, ALONE, images_seen=0, total_images=99, tensorboard=True) as status:
+    with Progress(folder, ALONE, images_seen=0, total_images=99, tensorboard=True) as status:
         for images_seen, value in ((10, 1.0), (20, 2.0), (30, 3.0)):
-            status.measured(images_seen, {"fid": value})
-        status.begin_again(10)
-        status.measured(20, {"fid": 5.0})
+            status.add_evaluation(images_seen, {"fid": value})
+        status.restart(10)
+        status.add_evaluation(20, {"fid": 5.0})
     shown = curves(folder)
     assert shown["measured/fid"] == [(10, 1.0), (20, 5.0)]
     assert shown["samples"] == [(20, 6)]
@@ -132,6 +135,6 @@ def test_without_the_package_nothing_is_begun(
 def test_only_rank_0_writes_events(folder: RunFolder) -> None:
     """Another rank makes no folder."""
     other = World(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
-    with Status(folder, other, images_seen=0, total_images=9, tensorboard=True) as status:
-        status.measured(3, {"fid": 1.0})
+    with Progress(folder, other, images_seen=0, total_images=9, tensorboard=True) as status:
+        status.add_evaluation(3, {"fid": 1.0})
     assert not (folder.path / "tensorboard").exists()

@@ -21,8 +21,8 @@ from core.run_folder import RunFolder
 from objectives import diff_instruct
 from teachers import gaussian
 from training import checkpoint
-from training.state import OptimizerConfig, TrainState, follow, optimizer_names, start
-from training.trainer import Config, Diverged, Interrupted, train
+from training.state import OptimizerConfig, TrainState, optimizer_names, start, update_ema
+from training.trainer import Config, Diverged, Interrupted, Trainer
 
 ALONE = World.single()
 SHAPE = (1, 2, 2)
@@ -82,16 +82,16 @@ def run(
 ) -> TrainState:
     """Return the state after a few rounds of Diff-Instruct, or of another objective."""
     config = settings(**changed)
-    return train(
+    return Trainer(
         state or begin(config),
         objective or diff_instruct.build(diff_instruct.Config()),
         config,
         folder=folder,
         world=ALONE,
-        measure=measure,
-        measure_every_kimg=measure_every_kimg,
+        evaluate=measure,
+        evaluate_every_kimg=measure_every_kimg,
         stop_requested=stop_requested,
-    )
+    ).train()
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def test_micro_batches_change_no_reading(folder: RunFolder) -> None:
     run(folder, rounds=1)
     run(folder, rounds=1, micro_batch_size=5)
     whole, parts = (
-        {k: v for k, v in row.items() if k != "images_per_second"} for row in folder.read_readings()
+        {k: v for k, v in row.items() if k != "images_per_second"} for row in folder.log.rows()
     )
     assert parts == pytest.approx(whole, rel=1e-5)
 
@@ -365,7 +365,7 @@ def test_the_average_keeps_to_itself() -> None:
     state = begin(settings())
     assert not state.student_ema.training
     assert not any(p.requires_grad for p in state.student_ema.parameters())
-    follow(state.student_ema, Student().double().float(), decay=0.5)
+    update_ema(state.student_ema, Student().double().float(), decay=0.5)
     pairs = zip(state.student_ema.parameters(), state.networks.student.parameters(), strict=True)
     assert all(p.data_ptr() != q.data_ptr() for p, q in pairs)
 
@@ -375,8 +375,8 @@ def test_the_average_keeps_to_itself() -> None:
 
 def test_readings_have_a_row_when_due(folder: RunFolder) -> None:
     """Every 24 images and after the last: images seen, rate, losses and gradient norms."""
-    run(folder, rounds=5, readings_every_kimg=0.024)
-    rows = folder.read_readings()
+    run(folder, rounds=5, stats_every_kimg=0.024)
+    rows = folder.log.rows()
     assert [row["images_seen"] for row in rows] == [24, 48, 60]
     names = {"images_per_second", "score_loss", "pull", "score_gradient", "student_gradient"}
     for row in rows:
@@ -386,9 +386,9 @@ def test_readings_have_a_row_when_due(folder: RunFolder) -> None:
 
 def test_readings_are_means_since_the_last_row(folder: RunFolder) -> None:
     """A row over two rounds is the mean of the rows of each."""
-    run(folder, rounds=2, readings_every_kimg=0.012)
-    run(folder, rounds=2, readings_every_kimg=0.024)
-    first, second, both = folder.read_readings()
+    run(folder, rounds=2, stats_every_kimg=0.012)
+    run(folder, rounds=2, stats_every_kimg=0.024)
+    first, second, both = folder.log.rows()
     for name in ("score_loss", "pull", "score_gradient"):
         assert both[name] == pytest.approx((first[name] + second[name]) / 2)
 
@@ -403,7 +403,7 @@ def test_measuring_is_done_when_due_and_after_the_last_round(folder: RunFolder) 
 
     run(folder, rounds=5, measure=measure, measure_every_kimg=0.024)
     assert seen == [24, 48, 60]
-    rows = [row for row in folder.read_readings() if "measured" in row]
+    rows = [row for row in folder.log.rows() if "measured" in row]
     assert [(row["images_seen"], row["measured"]["fid"]) for row in rows] == [
         (24, 76.0),
         (48, 52.0),
@@ -425,7 +425,7 @@ def test_a_stop_saves_and_says_so(folder: RunFolder) -> None:
     with pytest.raises(Interrupted):
         run(folder, rounds=5, stop_requested=lambda: next(answers))
     assert checkpoint.images_saved(folder) == 24
-    assert folder.read_readings()[-1]["images_seen"] == 24
+    assert folder.log.rows()[-1]["images_seen"] == 24
 
 
 def test_a_stop_in_the_last_round_is_the_end(folder: RunFolder) -> None:
@@ -468,7 +468,7 @@ def test_a_batch_smaller_than_the_processes_is_refused(folder: RunFolder) -> Non
     """Each process needs an image of each batch; the sentence names both numbers."""
     config = settings(batch_size=2)
     with pytest.raises(UserError, match=r"training\.batch_size is 2, fewer than the 3 processes"):
-        train(begin(config), SLOPE, config, folder=folder, world=replace(ALONE, size=3))
+        Trainer(begin(config), SLOPE, config, folder=folder, world=replace(ALONE, size=3)).train()
 
 
 def test_a_micro_batch_larger_than_the_batch_is_refused() -> None:
