@@ -116,8 +116,7 @@ def compare(run: Run, student: nn.Module) -> None:
     drifts = run.recipe.mode != "teach"
     if suite is None or not (drifts or real is not None):
         return
-    kind = Drift if drifts else Nearness
-    is_logged = logged_comparison(run.folder, kind, images_seen) is not None
+    is_logged = run.folder.log.last(ImageComparison, images_seen=images_seen) is not None
     if distributed.from_main(is_logged, run.world):
         return
 

@@ -17,6 +17,7 @@ from custom_ops import backend
 from eval import edm_sampler, suite
 from eval.measuring import METRICS, least_images, parse
 from training import trainer
+from training.divergence import WatchedMetric
 
 Mode = Literal["gan", "distill", "teach"]
 """What a recipe is for: to refine a GAN, to distil a teacher, or to train one."""

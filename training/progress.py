@@ -1,7 +1,7 @@
-"""Stats and progress: means over the last iterations, for the run's log, the terminal, TensorBoard.
+"""Stats and progress: means over the last iterations, for the log, the terminal, TensorBoard.
 
-A terminal gets a progress bar (tqdm), anything else a plain line once in a while. Stats stay tensors
-until they are logged, so that no iteration waits for the device.
+A terminal gets a progress bar (tqdm), anything else a plain line once in a while. Stats stay
+tensors until they are logged, so that no iteration waits for the device.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def optimizer_step(
 
 
 def wrap_for_ranks(networks: Networks, state: TrainState, world: World) -> Networks:
-    """Return the networks, those that an optimizer trains wrapped by DDP unless they are sharded."""
+    """Return the networks; trained ones are wrapped by DDP unless they are sharded."""
     trained = {name: getattr(networks, name) for name in state.optimizers}
     ready = {
         name: network if fsdp.is_sharded(network) else distributed.wrap(network, world)

@@ -12,6 +12,9 @@ import pytest
 from benchmarks import kill_and_resume
 from benchmarks.kill_and_resume import IMAGES, _difference, _kill_one, _Left, _place
 from core.run_folder import RunFolder
+from core.run_log import Divergence, Evaluation
+
+POINT = Evaluation(images_seen=64, when="training", metrics={"fid": (2.0,)})
 
 
 @pytest.fixture
@@ -20,19 +23,19 @@ def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder.create(tmp_path, "x")
     folder.recipe.touch()
     folder.student.write_bytes(b"weights")
-    folder.append_reading({"images_seen": 64, "measured": {"fid": 2.0}})
+    folder.log.append(POINT)
     (folder.checkpoints / "000000000064.pt").touch()
     return folder
 
 
 def test_ends_that_differ_are_told_apart(folder: RunFolder, tmp_path: Path) -> None:
-    """One byte of the weights, or one number of the curve; other readings may come twice."""
+    """One byte of the weights, or one number of the curve; other rows may come twice."""
     other = RunFolder.create(tmp_path, "y")
     other.student.write_bytes(b"weights")
-    other.append_reading({"images_seen": 64, "measured": {"fid": 2.0}})
-    other.append_reading({"images_seen": 64, "session": {}})
+    other.log.append(POINT)
+    other.log.append(Divergence(images_seen=64, why=""))
     assert _difference(folder, other) == "same"
-    other.append_reading({"images_seen": 64, "measured": {"fid": 2.0}})
+    other.log.append(POINT)
     assert _difference(folder, other) == "same weights, another curve"
     other.student.write_bytes(b"Weights")
     assert _difference(folder, other) == "other weights"

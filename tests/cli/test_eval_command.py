@@ -301,10 +301,10 @@ def test_a_reference_that_does_not_fit_is_refused(
 
 
 def test_images_that_are_not_finite_name_their_seed(student: Path, real: Path) -> None:
-    """A network that diverged is told by the seed of its first bad image."""
+    """A network whose finite weights overflow is told by the seed of its first bad image."""
     network = networks.load("generators", student, records=())
     with torch.no_grad():
-        next(network.synthesis.parameters()).fill_(torch.nan)
+        next(network.synthesis.parameters()).fill_(3e38)
     networks.save(student, network)
     said = _refused("fid", student, "--reference", real, *SMALL, "--first-seed", 7)
     assert "the image of seed 7 is not finite" in said

@@ -11,17 +11,18 @@ from cli_runs import call, contents, tiny_recipe
 from core import config
 from core.errors import UserError
 from core.run_folder import RunFolder
+from core.run_log import Divergence, EarlyStop, Evaluation, Row, Session, Stats
 from refinement import runs_table
 from refinement.recipe import read_recipe
 
 
-def run(outdir: Path, *rows: dict[str, object], saved: int = 0, report: bool = False) -> RunFolder:
-    """Return a run of 80 images that left these readings and a checkpoint."""
+def run(outdir: Path, *rows: Row, saved: int = 0, report: bool = False) -> RunFolder:
+    """Return a run of 80 images that left these rows and a checkpoint."""
     folder = RunFolder.create(outdir, "tiny")
     recipe = read_recipe(tiny_recipe(outdir))
     folder.recipe.write_text(config.to_yaml(recipe), encoding="utf-8")
     for row in rows:
-        folder.append_reading(row)
+        folder.log.append(row)
     if saved:
         (folder.checkpoints / f"{saved:012d}.pt").touch()
     if report:
@@ -36,8 +37,11 @@ def line_of(folder: RunFolder) -> str:
     return " | ".join(part.strip() for part in line.split("  ") if part.strip())
 
 
-BEFORE = {"images_seen": 0, "before": {"fid": [4.0, 5.0]}}
-CURVE = [{"images_seen": n, "measured": {"fid": v}} for n, v in ((0, 5.0), (32, 2.0), (64, 3.0))]
+BEFORE = Evaluation(images_seen=0, when="before", metrics={"fid": (4.0, 5.0)})
+CURVE = [
+    Evaluation(images_seen=n, when="training", metrics={"fid": (v,)})
+    for n, v in ((0, 5.0), (32, 2.0), (64, 3.0))
+]
 
 
 def test_the_command_shows_runs_in_columns_and_changes_nothing(tmp_path: Path) -> None:
@@ -83,11 +87,11 @@ def test_looking_keeps_a_run_free(tmp_path: Path) -> None:
 
 def test_ends_are_told_apart(tmp_path: Path) -> None:
     """Finished, trained without a report, ended early, diverged, and gone on after that."""
-    after = {"images_seen": 80, "after": {"fid": [1.0]}}
-    diverged = {"images_seen": 56, "diverged": {"why": "nan"}}
-    session = {"images_seen": 48, "session": {}}
-    early = {"images_seen": 48, "early_stop": {}}
-    going_on = {"images_seen": 64, "images_per_second": 1.0}
+    after = Evaluation(images_seen=80, when="after", metrics={"fid": (1.0,)})
+    diverged = Divergence(images_seen=56, why="nan")
+    session = Session(images_seen=48, started_at="", finished_at="", seconds={}, images=0)
+    early = EarlyStop(images_seen=48, metric="fid", value=1.0, at_images_seen=32)
+    going_on = Stats(images_seen=64, images_per_second=1.0, values={})
     runs = {
         "finished | 80 | fid 4.5 -> 1": run(tmp_path, BEFORE, after, saved=80, report=True),
         "trained, no report yet | 80 | fid 4.5 |": run(tmp_path, BEFORE, saved=80),
@@ -104,8 +108,8 @@ def test_ends_are_told_apart(tmp_path: Path) -> None:
     [
         ("recipe.yaml", "student: [", "recipe.yaml"),
         ("recipe.yaml", "name: x\nstuden: {}", "studen"),
-        ("stats.jsonl", "{}\n", "line 1: no reading"),
-        ("stats.jsonl", "what\n{}\n", "line 1: expected a JSON object"),
+        ("stats.jsonl", "{}\n", "line 1: expected a row"),
+        ("stats.jsonl", "what\n{}\n", "line 1: expected a row"),
         ("stats.jsonl", '{"images_seen": 0, "measured": 3}\n', ""),
     ],
 )

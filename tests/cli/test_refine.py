@@ -18,6 +18,7 @@ import generators
 from cli_runs import Outcome, call, contents, tiny_recipe
 from core.distributed import World
 from core.run_folder import RunFolder
+from core.run_log import Evaluation, ImageComparison
 from eval import samples
 from eval.suite import Suite
 from refinement.components import load_parts, with_teacher_samples
@@ -52,7 +53,7 @@ def copied(finished: Finished, tmp_path: Path) -> RunFolder:
 
 
 def test_a_run_leaves_its_files_and_no_others(finished: Finished) -> None:
-    """Recipe, readings, the newest two checkpoints, samples, refined weights and report."""
+    """Recipe, log, the newest two checkpoints, samples, refined weights and report."""
     expected = [
         *("checkpoints/000000000064.pt", "checkpoints/000000000080.pt"),
         *(".lock", "stats.jsonl", "recipe.yaml", "report/curve.png"),
@@ -246,14 +247,15 @@ def test_a_finished_run_is_only_reported_again(
     assert {**now, "environment": None} == {**was, "environment": None}  # commits may come between
 
 
-def test_readings_hold_every_row_once(finished: Finished) -> None:
-    """One row for each kind of reading at each image count."""
+def test_the_log_holds_every_row_once(finished: Finished) -> None:
+    """One row for each kind at each image count."""
     kinds = Counter(
-        (row["images_seen"], next(k for k in row if k != "images_seen"))
+        (row.images_seen, row.when if isinstance(row, Evaluation) else row.kind)
         for row in finished.folder.log.rows()
+        if not isinstance(row, ImageComparison)
     )
     assert set(kinds.values()) == {1}
-    assert kinds.keys() >= {(0, "before"), (0, "measured"), (80, "measured"), (80, "after")}
+    assert kinds.keys() >= {(0, "before"), (0, "training"), (80, "training"), (80, "after")}
 
 
 def _not_again(*_: object, **__: object) -> None:

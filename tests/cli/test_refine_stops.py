@@ -21,6 +21,7 @@ from torch import Tensor
 import generators
 from cli_runs import call, contents, tiny_recipe
 from core.run_folder import RunFolder
+from core.run_log import Evaluation, ImageComparison, Row, Session
 from eval import features
 from eval.suite import Suite
 from refinement import signals
@@ -77,7 +78,7 @@ def row_with_its_time(self, images_seen):
 Progress.log = row_with_its_time
 runpy.run_path("refine.py", run_name="__main__")
 """
-"""The command, which notes when each row of readings was written: at the end of each round."""
+"""The command, which notes when each row of stats was written: at the end of each iteration."""
 
 
 class Stopped(NamedTuple):
@@ -123,10 +124,15 @@ def signalled(
 
 
 def rows_of(folder: RunFolder) -> Counter[tuple[object, str]]:
-    """Return how often each kind of reading stands at each image count; sessions are left out."""
-    rows = folder.log.rows()
-    kinds = [(row["images_seen"], next(k for k in row if k != "images_seen")) for row in rows]
-    return Counter(kind for kind in kinds if kind[1] != "session")
+    """Return how often each kind of row stands at each image count; sessions are left out."""
+    rows = [row for row in folder.log.rows() if not isinstance(row, Session)]
+    return Counter((row.images_seen, _kind(row)) for row in rows)
+
+
+def _kind(row: Row) -> str:
+    if isinstance(row, Evaluation):
+        return row.when
+    return row.name if isinstance(row, ImageComparison) else row.kind
 
 
 # Stopped from outside -----------------------------------------------------------------------------
@@ -140,12 +146,12 @@ def test_a_killed_run_is_reported_and_resumed_as_if_nothing_was(
     """
     process, folder = signalled(signal.SIGKILL, recipe, tmp_path)
     assert process.returncode == -signal.SIGKILL
-    assert rows_of(folder)[48, "images_per_second"] == 1 and not folder.student.exists()
+    assert rows_of(folder)[48, "stats"] == 1 and not folder.student.exists()
 
     assert call("--report", folder.path).code == 0
     document = json.loads((folder.report / "report.json").read_text())
     assert document["images_seen"] == 32 and document["after"] != document["before"]
-    assert rows_of(folder)[48, "images_per_second"] == 1  # only --resume drops what it does again
+    assert rows_of(folder)[48, "stats"] == 1  # only --resume drops what it does again
 
     assert call("--resume", folder.path).code == 0
     assert folder.student.read_bytes() == whole.student.read_bytes()
@@ -168,7 +174,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
     assert call("--resume", folder.path).code == 0
     assert folder.student.read_bytes() == whole.student.read_bytes()
-    assert rows_of(folder) == rows_of(whole) + Counter({(56, "images_per_second"): 1})
+    assert rows_of(folder) == rows_of(whole) + Counter({(56, "stats"): 1})
 
 
 def test_a_signal_while_measuring_does_not_wait_for_its_end(
@@ -182,7 +188,7 @@ def test_a_signal_while_measuring_does_not_wait_for_its_end(
     assert process.returncode == 75, process.stderr
     assert "the state after 32 images is saved" in process.stderr
     assert checkpoint.images_saved(folder) == 32
-    assert (32, "measured") not in rows_of(folder)
+    assert (32, "training") not in rows_of(folder)
 
     assert call("--resume", folder.path).code == 0
     assert folder.student.read_bytes() == whole.student.read_bytes()

@@ -1,9 +1,8 @@
-"""core/run_folder.py: numbered folders, readings that survive a crash, whole files or none, one
+"""core/run_folder.py and core/disk.py: numbered folders, whole files or none, one
 writer at a time.
 """
 
 import errno
-import math
 import os
 import resource
 import shutil
@@ -21,8 +20,9 @@ import safetensors.torch
 import torch
 
 from core import _lock
+from core.disk import atomic_write
 from core.errors import UserError
-from core.run_folder import RunFolder, atomic_write
+from core.run_folder import RunFolder
 from repository import ROOT
 
 _OWN_MOUNTS = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
@@ -86,63 +86,12 @@ def test_only_a_folder_with_a_recipe_is_a_run(tmp_path: Path) -> None:
         RunFolder.open_existing(tmp_path / "nowhere")
 
 
-def _with_readings(tmp_path: Path) -> RunFolder:
-    folder = RunFolder(tmp_path)
-    for images_seen in (0, 64, 128):
-        folder.append_reading({"images_seen": images_seen, "fid": images_seen / 3})
-    return folder
-
-
-def test_readings_come_back_as_they_were_written(tmp_path: Path) -> None:
-    """A reading is on the disk when the call returns, with every digit."""
-    assert RunFolder(tmp_path).log.rows() == []
-    rows = _with_readings(tmp_path).log.rows()
-    assert rows == [{"images_seen": n, "fid": n / 3} for n in (0, 64, 128)]
-
-
-@pytest.mark.parametrize("cut", [1, 5, 30])
-def test_a_last_line_that_was_cut_is_left_out(tmp_path: Path, cut: int) -> None:
-    """A crash in the middle of a line costs that line, and a resumed run writes on cleanly."""
-    folder = _with_readings(tmp_path)
-    folder.readings.write_bytes(folder.readings.read_bytes()[:-cut])
-    folder.keep_readings_until(10**9)
-    folder.append_reading({"images_seen": 192})
-    assert [row["images_seen"] for row in folder.log.rows()] == [0, 64, 192]
-
-
-@pytest.mark.parametrize("content", [b"", b'{"images_seen": 64}\n', b"cut", b"\n\ncut"])
-def test_a_reading_after_a_cut_line_takes_its_place(tmp_path: Path, content: bytes) -> None:
-    """What a full disk cut off is not run together with the line that follows."""
-    folder = RunFolder(tmp_path)
-    folder.readings.write_bytes(content)
-    folder.append_reading({"images_seen": 192})
-    whole = content[: content.rfind(b"\n") + 1]
-    assert folder.readings.read_bytes() == whole + b'{"images_seen": 192}\n'
-
-
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    """Only a cut last line is expected; another is told, not skipped."""
-    folder = _with_readings(tmp_path)
-    folder.readings.write_text("oops\n" + folder.readings.read_text())
-    with pytest.raises(UserError, match=r"stats.jsonl, line 1: .*'oops'"):
-        folder.log.rows()
-
-
-def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    """Readings at the checkpoint's image count stay, later ones go, the rest is unchanged."""
-    folder = _with_readings(tmp_path)
-    before = folder.readings.read_text().splitlines()
-    folder.keep_readings_until(64)
-    assert folder.readings.read_text().splitlines() == before[:2]
-
-
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_reading_that_is_not_finite_is_refused(tmp_path: Path, number: float) -> None:
-    """JSON has no NaN: nothing is written."""
-    folder = RunFolder(tmp_path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        folder.append_reading({"images_seen": 0, "loss": number})
-    assert not folder.readings.exists()
+def test_a_run_of_an_earlier_version_is_named_as_such(tmp_path: Path) -> None:
+    """Its log has another name and other rows: it is refused before anything is read."""
+    (tmp_path / "recipe.yaml").touch()
+    (tmp_path / "readings.jsonl").touch()
+    with pytest.raises(UserError, match=r"earlier version .* readings.jsonl \(now stats.jsonl\)"):
+        RunFolder.open_existing(tmp_path)
 
 
 def test_a_write_appears_whole_and_keeps_the_mode_and_name(tmp_path: Path) -> None:
@@ -284,9 +233,11 @@ _FULL = """
 import sys
 from pathlib import Path
 from core.errors import UserError
-from core.run_folder import RunFolder, atomic_write
+from core.disk import atomic_write
+from core.run_folder import RunFolder
+from core.run_log import Divergence
 folder = RunFolder.create(Path(sys.argv[1]), "x")
-folder.append_reading({"images_seen": 64})
+folder.log.append(Divergence(images_seen=64, why=""))
 path = folder.path / "state"
 for size in (10_000, 10_000_000):
     try:
@@ -297,21 +248,21 @@ for size in (10_000, 10_000_000):
 (folder.checkpoints / ".4.pt.0123abcd.partial").mkdir()
 (folder.path / "ballast").open("wb", buffering=0).write(bytes(10_000_000))
 try:
-    folder.append_reading({"images_seen": 128, "text": 10_000 * "x"})
+    folder.log.append(Divergence(images_seen=128, why=10_000 * "x"))
 except UserError as error:
     print(error)
 begun = folder.checkpoints / ".4.pt.0123abcd.partial"
 with folder.exclusive():
     assert begun.exists() is False
 (folder.path / "ballast").unlink()
-folder.append_reading({"images_seen": 192})
-print(path.stat().st_size, [row["images_seen"] for row in folder.log.rows()])
+folder.log.append(Divergence(images_seen=192, why=""))
+print(path.stat().st_size, [row.images_seen for row in folder.log.rows()])
 print(sorted(path.name for path in folder.path.iterdir() if path.is_file()))
 """
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """On a disk of one megabyte: sentences, the file before, and readings that go on cleanly. The
+    """On a disk of one megabyte: sentences, the file before, and a log that goes on cleanly. The
     run can be held, to clear away what a killed process filled the disk with.
     """
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
@@ -327,4 +278,4 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     *sentences, sizes, names = done.stdout.splitlines()
     assert len(sentences) == 2 and "state: cannot be written: No space" in sentences[0]
     assert "stats.jsonl: cannot be written: No space left on device; free some" in sentences[1]
-    assert sizes == "10000 [64, 192]" and names == "['.lock', 'stats.jsonl', 'state']"
+    assert sizes == "10000 [64, 192]" and names == "['.lock', 'state', 'stats.jsonl']"

@@ -15,6 +15,7 @@ from core.distributed import World
 from core.randomness import Draws
 from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
+from core.run_log import Rollback
 from generators import stylegan2
 from objectives import diff_instruct
 from objectives.diff_instruct import make
@@ -201,9 +202,9 @@ def test_ranks_end_with_the_same_bytes(two_ranks: tuple[list[dict], Path], case:
 
 
 def test_rank_0_alone_writes(two_ranks: tuple[list[dict], Path]) -> None:
-    """One row of readings and one checkpoint, which holds the trained weights."""
+    """One row of stats and one checkpoint, which holds the trained weights."""
     folder = RunFolder(two_ranks[1] / "edm")
-    assert [row["images_seen"] for row in folder.log.rows()] == [16]
+    assert [row.images_seen for row in folder.log.rows()] == [16]
     (path,) = folder.checkpoints.iterdir()
     assert path == checkpoint.newest(folder)
     saved = torch.load(path, weights_only=True)["student"]
@@ -220,10 +221,8 @@ def test_all_ranks_go_back_together(two_ranks: tuple[list[dict], Path]) -> None:
     """A loss that is bad on one rank takes both to the same checkpoint and lower rate, once."""
     first, second = (found["rolled back"] for found in two_ranks[0])
     assert first == second and first[:2] == [20.0, 0.5]
-    rows = RunFolder(two_ranks[1] / "rolled back").log.rows()
-    (done,) = (row["rollback"] for row in rows if "rollback" in row)
-    assert isinstance(done, dict)
-    assert (done["from_images_seen"], done["to_images_seen"]) == (12, 12)
+    (done,) = RunFolder(two_ranks[1] / "rolled back").log.all(Rollback)
+    assert (done.from_images_seen, done.images_seen) == (12, 12)
 
 
 def test_a_stop_on_one_rank_stops_all(two_ranks: tuple[list[dict], Path]) -> None:

@@ -252,8 +252,7 @@ def test_a_run_makes_a_teacher_that_can_be_loaded(recipe: Path, tmp_path: Path) 
     assert (folder.report / "report.md").exists()
     teacher = teachers.load(folder.student)
     assert (teacher.image_shape, teacher.num_classes) == ((1, 8, 8), 3)
-    reading = folder.log.rows()[-1]
-    assert reading["images_seen"] == 64
+    assert folder.log.rows()[-1].images_seen == 64
     document = json.loads((folder.report / "report.json").read_text())
     assert document["teacher"]["path"].endswith("images.zip")
 

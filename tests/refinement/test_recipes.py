@@ -149,7 +149,11 @@ def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Parts]:
     [
         ("evaluation.every_kimg=0 training.early_stop_kimg=3", "early_stop_kimg needs measurem"),
         ("evaluation.every_kimg=0 training.keep.best=fid", "keep.best needs measurements"),
-        ("evaluation.metrics=[kid] training.early_stop_kimg=3", "early_stop_kimg watches 'fid'"),
+        (
+            "evaluation.metrics=[kid] evaluation.images_while_training=500 "
+            "training.early_stop_kimg=3",
+            "early_stop_kimg watches 'kid'",
+        ),
         ("training.keep.best=recall", "keep.best watches 'recall', which is not .* one of fid"),
         (
             "evaluation.metrics=[fid,kid] evaluation.images_while_training=500 "

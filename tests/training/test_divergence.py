@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from core.distributed import World
-from core.errors import UserError
+from core.errors import EvaluationCancelled, UserError
 from core.randomness import Draws
 from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
+from core.run_log import Best, Divergence, EarlyStop, Evaluation, Rollback, Row, Stats
 from training import checkpoint
-from training.divergence import Diverged, DivergenceConfig
+from training.divergence import Diverged, DivergenceConfig, DivergenceMonitor, WatchedMetric
 from training.state import TrainState, start
 from training.trainer import Config, Interrupted, Trainer
 
@@ -34,63 +35,67 @@ def folder(tmp_path: Path) -> RunFolder:
 # What is noticed ----------------------------------------------------------------------------------
 
 
-def watch(*rows: dict[str, object], highest: bool = False, **settings: object) -> Watch:
-    numbered = [{"images_seen": n, **row} for n, row in enumerate(rows)]
+def monitor(*rows: Row, highest: bool = False, **settings: object) -> DivergenceMonitor:
     config = DivergenceConfig.model_validate(settings)
-    return Watch(config, numbered, metric="fid", highest=highest)
+    return DivergenceMonitor(config, rows, watched=WatchedMetric("fid", highest=highest))
+
+
+def stats(*values: dict[str, float]) -> list[Stats]:
+    """Return a row of stats for each of these values."""
+    return [Stats(images_seen=n, images_per_second=1.0, values=v) for n, v in enumerate(values)]
 
 
 @pytest.mark.parametrize("name", ["score_loss", "student_gradient"])
 def test_a_reading_far_above_its_running_median_is_divergence(name: str) -> None:
     """A hundred times the median of the rows before, and no less; one wild row hides nothing."""
     usual = HEALTHY[name]
-    rows = [HEALTHY] * 9 + [{**HEALTHY, name: 50 * usual}]
-    watch(*rows).row(11, {**HEALTHY, name: 99 * usual})
+    rows = stats(*[HEALTHY] * 9, {**HEALTHY, name: 50 * usual})
+    monitor(*rows).add_stats(11, {**HEALTHY, name: 99 * usual})
     with pytest.raises(Diverged, match=rf"after 11 images {name} is .*101 times its median"):
-        watch(*rows).row(11, {**HEALTHY, name: 101 * usual})
-    watch(*rows, stats_factor=None).row(11, {**HEALTHY, name: 1e30})
-    watch(*rows, stats_factor=200).row(11, {**HEALTHY, name: 101 * usual})
+        monitor(*rows).add_stats(11, {**HEALTHY, name: 101 * usual})
+    monitor(*rows, stats_factor=None).add_stats(11, {**HEALTHY, name: 1e30})
+    monitor(*rows, stats_factor=200).add_stats(11, {**HEALTHY, name: 101 * usual})
 
 
 def test_nothing_is_judged_before_there_is_a_range() -> None:
     """The first ten rows of a reading may do what they like, and a reading that was 0 too."""
-    watch(*[HEALTHY] * 9).row(10, {"score_loss": 1e9})
-    watch(*[HEALTHY] * 20).row(21, {"pull": 1e9})
-    watch(*[{**HEALTHY, "pull": 0.0}] * 20).row(21, {"pull": 1e9})
+    monitor(*stats(*[HEALTHY] * 9)).add_stats(10, {"score_loss": 1e9})
+    monitor(*stats(*[HEALTHY] * 20)).add_stats(21, {"pull": 1e9})
+    monitor(*stats(*[{**HEALTHY, "pull": 0.0}] * 20)).add_stats(21, {"pull": 1e9})
 
 
 def test_the_range_runs_along() -> None:
     """A loss that falls slowly by a factor of 1000 and rises again slowly is no divergence; only
     the last rows count.
     """
-    found = watch(window_rows=10)
+    found = monitor(window_rows=10)
     levels = [1000 * 0.9**n for n in range(66)]
     for n, level in enumerate(levels + levels[::-1]):
-        found.row(n, {"score_loss": level})
+        found.add_stats(n, {"score_loss": level})
     with pytest.raises(Diverged):
-        found.row(200, {"score_loss": 1e6})
+        found.add_stats(200, {"score_loss": 1e6})
 
 
 def test_early_rows_that_vary_as_those_of_the_shipped_recipes_raise_no_alarm() -> None:
     """The embedded default's score gradient falls from 4000 to 100 and jumps by a factor of 4."""
-    found = watch()
+    found = monitor()
     for n in range(96):
         jump = 4.0 if n % 20 == 13 else 1.0
-        found.row(n, {"score_gradient": jump * max(4000 * 0.9**n, 100)})
+        found.add_stats(n, {"score_gradient": jump * max(4000 * 0.9**n, 100)})
 
 
 def test_a_metric_far_worse_than_at_the_start_is_divergence() -> None:
     """Ten times the first measurement; a tenth of it, where the highest is the best."""
-    begun = {"measured": {"fid": 4.0}}
-    watch(begun).measured(8, {"fid": 39.0})
-    watch(begun).measured(8, {"precision": 1e9})
-    watch(begun, metric_factor=None).measured(8, {"fid": 1e9})
+    begun = Evaluation(images_seen=0, when="training", metrics={"fid": (4.0,)})
+    monitor(begun).add_evaluation(8, {"fid": 39.0})
+    monitor(begun).add_evaluation(8, {"precision": 1e9})
+    monitor(begun, metric_factor=None).add_evaluation(8, {"fid": 1e9})
     with pytest.raises(Diverged, match=r"after 8 images fid is 41, and was 4 at the start"):
-        watch(begun).measured(8, {"fid": 41.0})
-    watch(begun, highest=True).measured(8, {"fid": 0.5})
+        monitor(begun).add_evaluation(8, {"fid": 41.0})
+    monitor(begun, highest=True).add_evaluation(8, {"fid": 0.5})
     for low in (0.3, 0.0):
         with pytest.raises(Diverged, match=rf"after 8 images fid is {low:.4g}, and was 4"):
-            watch(begun, highest=True).measured(8, {"fid": low})
+            monitor(begun, highest=True).add_evaluation(8, {"fid": low})
 
 
 # What is done -------------------------------------------------------------------------------------
@@ -159,13 +164,14 @@ def run(
         folder=folder,
         world=ALONE,
         evaluate=measure,
+        watched=WatchedMetric("fid"),
         evaluate_every_kimg=0.0 if measure is None else 5 * BATCH / 1000,
         stop_requested=stop_requested,
     ).train()
 
 
-def rows_of(folder: RunFolder, kind: str) -> list[dict]:
-    return [row[kind] for row in folder.log.rows() if kind in row]
+def evaluated_at(folder: RunFolder) -> list[int]:
+    return [row.images_seen for row in folder.log.all(Evaluation) if row.when == "training"]
 
 
 def numbers(state: TrainState) -> list[float]:
@@ -177,12 +183,12 @@ def test_a_run_goes_back_and_on_at_a_lower_rate(folder: RunFolder) -> None:
     ends. Its readings say what was done, and hold no row of what was undone.
     """
     state = run(folder, settings())
-    (done,) = rows_of(folder, "rollback")
-    assert "student_gradient is" in done["why"] or "size is" in done["why"]
-    assert done["lr_scale"] == 0.5 == state.lr_scale
-    assert done["to_images_seen"] < done["from_images_seen"] < 60 * BATCH
+    (done,) = folder.log.all(Rollback)
+    assert "student_gradient is" in done.why or "size is" in done.why
+    assert done.lr_scale == 0.5 == state.lr_scale
+    assert done.images_seen < done.from_images_seen < 60 * BATCH
     assert state.images_seen == 60 * BATCH and abs(numbers(state)[0]) < 1e-6
-    seen = [row["images_seen"] for row in folder.log.rows() if "size" in row]
+    seen = [row.images_seen for row in folder.log.all(Stats)]
     assert seen == list(range(BATCH, 61 * BATCH, BATCH))
 
 
@@ -195,8 +201,8 @@ def test_each_rollback_lowers_the_rate_until_the_run_stops(folder: RunFolder) ->
     )
     with pytest.raises(Diverged, match=r"training\.student_lr"):
         run(folder, config)
-    assert [row["lr_scale"] for row in rows_of(folder, "rollback")] == pytest.approx([0.9, 0.81])
-    assert len(rows_of(folder, "diverged")) == 1
+    assert [row.lr_scale for row in folder.log.all(Rollback)] == pytest.approx([0.9, 0.81])
+    assert len(folder.log.all(Divergence)) == 1
     state = begin(config)
     checkpoint.restore_newest(state, folder, ALONE)
     assert math.isfinite(numbers(state)[0])
@@ -207,7 +213,7 @@ def test_by_default_it_stops(folder: RunFolder) -> None:
     config = settings(divergence={}, keep={"newest": 99})
     with pytest.raises(Diverged, match=r"training\.divergence\.action=rollback"):
         run(folder, config)
-    assert rows_of(folder, "rollback") == [] and len(rows_of(folder, "diverged")) == 1
+    assert folder.log.all(Rollback) == [] and len(folder.log.all(Divergence)) == 1
     assert checkpoint.images_saved(folder) > 0
 
 
@@ -215,7 +221,7 @@ def test_a_loss_that_is_not_finite_goes_back_too(folder: RunFolder) -> None:
     """Also where nothing is saved but the start."""
     config = settings(checkpoint_every_kimg=0, divergence={**DIVERGENCE, "stats_factor": None})
     state = run(folder, config.model_copy(update={"student_lr": 1e20}))
-    assert {row["to_images_seen"] for row in rows_of(folder, "rollback")} == {0}
+    assert {row.images_seen for row in folder.log.all(Rollback)} == {0}
     assert state.images_seen == 60 * BATCH
 
 
@@ -231,12 +237,12 @@ def test_it_goes_back_to_the_best_where_that_is_kept(folder: RunFolder) -> None:
         settled.append(state.images_seen)
         return {"fid": values.get(state.images_seen, 1.9) if state.lr_scale == 1 else 1.9}
 
-    folder.append_reading({"images_seen": 0, "measured": {"fid": 2.0}})
+    folder.log.append(Evaluation(images_seen=0, when="training", metrics={"fid": (2.0,)}))
     config = settings(student_lr=0.1, keep={"best": "fid", "newest": 9})
     run(folder, config, measure=measure)
-    (done,) = rows_of(folder, "rollback")
-    assert (done["from_images_seen"], done["to_images_seen"]) == (200, 100)
-    assert "fid is 30, and was 2 at the start" in done["why"]
+    (done,) = folder.log.all(Rollback)
+    assert (done.from_images_seen, done.images_seen) == (200, 100)
+    assert "fid is 30, and was 2 at the start" in done.why
     assert settled[:6] == [50, 100, 150, 200, 150, 200]
 
 
@@ -246,7 +252,7 @@ def test_a_resumed_run_keeps_the_lower_rate_and_the_same_bytes(
     """Stopped after it went back, or before it would, it ends as the run that nothing stopped."""
     config = settings(stats_every_kimg=BATCH / 1000, checkpoint_every_kimg=0.02)
     expected = run(folder, config)
-    (done,) = rows_of(folder, "rollback")
+    (done,) = folder.log.all(Rollback)
     for number, rounds in enumerate((3, 12, 20)):
         other = RunFolder.create(tmp_path, f"stopped-{number}")
         asked = iter([False] * (rounds - 1) + [True] + [False] * 999)
@@ -254,20 +260,19 @@ def test_a_resumed_run_keeps_the_lower_rate_and_the_same_bytes(
             run(other, config, stop_requested=lambda asked=asked: next(asked))
         state = begin(config)
         checkpoint.restore_newest(state, other, ALONE)
-        other.keep_readings_until(state.images_seen)
+        other.log.keep_until(state.images_seen)
         assert numbers(run(other, config, state=state)) == numbers(expected)
-        assert rows_of(other, "rollback") == [done]
+        assert other.log.all(Rollback) == [done]
 
 
 def test_that_a_run_went_back_is_never_dropped(folder: RunFolder) -> None:
     """A resumed run drops the rows after its checkpoint, but not this one."""
-    folder.append_reading({"images_seen": 50, "rollback": {"lr_scale": 0.5}})
-    folder.append_reading({"images_seen": 50, "measured": {}})
-    folder.keep_readings_until(20, then=[{"images_seen": 20, "x": 1}])
-    assert folder.log.rows() == [
-        {"images_seen": 50, "rollback": {"lr_scale": 0.5}},
-        {"images_seen": 20, "x": 1},
-    ]
+    rollback = Rollback(images_seen=50, why="", from_images_seen=60, lr_scale=0.5)
+    folder.log.append(rollback)
+    folder.log.append(Evaluation(images_seen=50, when="training", metrics={}))
+    early = Divergence(images_seen=20, why="x")
+    folder.log.keep_until(20, then=[early])
+    assert folder.log.rows() == [rollback, early]
 
 
 # An early end, and the best so far ----------------------------------------------------------------
@@ -282,9 +287,9 @@ def test_a_metric_that_no_longer_improves_ends_the_run(folder: RunFolder) -> Non
     config = settings(student_lr=0.1, early_stop_kimg=0.1, keep={"best": "fid", "newest": 1})
     state = run(folder, config, measure=improving_until(150))
     assert state.images_seen == 250 == checkpoint.images_saved(folder)
-    known = {"metric": "fid", "value": 1.0, "at_images_seen": 150}
-    assert rows_of(folder, "early_stop") == [known]
-    assert rows_of(folder, "best") == [{**known, "checkpoint": "000000000150.pt"}]
+    score = {"images_seen": 250, "metric": "fid", "value": 1.0, "at_images_seen": 150}
+    assert folder.log.all(EarlyStop) == [EarlyStop(**score)]
+    assert folder.log.all(Best) == [Best(**score, checkpoint="000000000150.pt")]
     before = folder.log.rows()
     run(folder, config, state=state, measure=improving_until(150))
     assert state.images_seen == 250 and folder.log.rows() == before
@@ -295,7 +300,7 @@ def test_a_run_that_goes_on_improving_is_not_ended(folder: RunFolder) -> None:
     config = settings(student_lr=0.1, early_stop_kimg=0.05, keep={"best": "fid"})
     state = run(folder, config, measure=improving_until(9999))
     assert state.images_seen == config.total_images
-    assert rows_of(folder, "early_stop") == rows_of(folder, "best") == []
+    assert folder.log.all(EarlyStop) == folder.log.all(Best) == []
 
 
 def test_early_stop_without_measurements_is_refused(folder: RunFolder) -> None:
@@ -313,12 +318,11 @@ def test_a_measurement_that_a_stop_left_out_is_made_up_for(folder: RunFolder) ->
     measure = improving_until(50)
     with pytest.raises(Interrupted):
         run(folder, config, measure=measure, stop_requested=lambda: next(asked))
-    assert checkpoint.images_saved(folder) == 50 and rows_of(folder, "measured") == []
+    assert checkpoint.images_saved(folder) == 50 and evaluated_at(folder) == []
     state = begin(config)
     checkpoint.restore_newest(state, folder, ALONE)
     run(folder, config, state=copy.copy(state), measure=measure)
-    seen = [row["images_seen"] for row in folder.log.rows() if "measured" in row]
-    assert seen == list(range(50, 601, 50))
+    assert evaluated_at(folder) == list(range(50, 601, 50))
     best = checkpoint.best(folder, config.keep)
     assert best is not None and int(best.stem) == 50
 
@@ -328,17 +332,18 @@ def test_a_measurement_that_is_given_up_is_made_up_for(folder: RunFolder) -> Non
     config = settings(student_lr=0.1, keep={"best": "fid"})
     measure = improving_until(50)
 
-    def given_up(state: TrainState) -> dict[str, float] | None:
-        return None if state.images_seen == 100 else measure(state)
+    def cancelled(state: TrainState) -> dict[str, float]:
+        if state.images_seen == 100:
+            raise EvaluationCancelled
+        return measure(state)
 
     with pytest.raises(Interrupted):
-        run(folder, config, measure=given_up)
+        run(folder, config, measure=cancelled)
     assert checkpoint.images_saved(folder) == 100
     state = begin(config)
     checkpoint.restore_newest(state, folder, ALONE)
     run(folder, config, state=copy.copy(state), measure=measure)
-    seen = [row["images_seen"] for row in folder.log.rows() if "measured" in row]
-    assert seen == list(range(50, 601, 50))
+    assert evaluated_at(folder) == list(range(50, 601, 50))
 
 
 def test_a_resumed_run_goes_back_from_what_it_finds_diverged(folder: RunFolder) -> None:
@@ -357,8 +362,8 @@ def test_a_resumed_run_goes_back_from_what_it_finds_diverged(folder: RunFolder) 
     checkpoint.restore_newest(state, folder, ALONE)
     assert state.images_seen == 100
     run(folder, config, state=state, measure=measure)
-    (done,) = rows_of(folder, "rollback")
-    assert (done["from_images_seen"], done["to_images_seen"]) == (100, 50)
+    (done,) = folder.log.all(Rollback)
+    assert (done.from_images_seen, done.images_seen) == (100, 50)
     assert state.images_seen == 600 and state.lr_scale == 0.5
 
 

@@ -14,12 +14,13 @@ from core.distributed import World
 from core.randomness import Draws
 from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
+from core.run_log import Stats
 from training import checkpoint
 from training.config import Config
 from training.divergence import Diverged
 from training.loss_scale import LossScale
 from training.state import TrainState, start
-from training.step import update
+from training.step import optimizer_step
 from training.trainer import Trainer
 
 ALONE = World.single()
@@ -70,11 +71,11 @@ def begun(precision: str, *, rate: float = 1.0) -> tuple[TrainState, Config]:
 
 
 def updated(state: TrainState, config: Config, factor: float) -> dict[str, float]:
-    """Return the readings of one update, computed in the config's precision."""
+    """Return the stats of one optimizer step, computed in the config's precision."""
     student = cast(Lowered, state.networks.student)
     student.compute_dtype = torch.float16 if config.precision == "float16" else torch.float32
     (phase,) = Scaled(factor).phases
-    found = update(phase, 0, state, config, trained=state.networks, world=ALONE)
+    found = optimizer_step(phase, 0, state, config, trained=state.networks, world=ALONE)
     return {name: float(value) for name, value in found.items()}
 
 
@@ -89,10 +90,10 @@ TINY = 2.0**-26
 def test_small_gradients_are_kept() -> None:
     """In float16 as in float32, to float16's rounding; without a factor they would be zero."""
     (state, config), (exact, exactly) = begun("float16", rate=1e6), begun("float32", rate=1e6)
-    readings, expected = updated(state, config, TINY), updated(exact, exactly, TINY)
-    assert readings["student_loss_scale"] == 2.0**16 and readings["student_skipped"] == 0
+    stats, expected = updated(state, config, TINY), updated(exact, exactly, TINY)
+    assert stats["student_loss_scale"] == 2.0**16 and stats["student_skipped"] == 0
     assert "student_loss_scale" not in expected
-    assert readings["student_gradient"] == pytest.approx(expected["student_gradient"], rel=2e-3)
+    assert stats["student_gradient"] == pytest.approx(expected["student_gradient"], rel=2e-3)
     torch.testing.assert_close(moved(state), moved(exact), rtol=2e-3, atol=1e-6)
     bare, _ = begun("float16", rate=1e6)
     bare.loss_scales["student"] = LossScale(1.0)
@@ -100,7 +101,7 @@ def test_small_gradients_are_kept() -> None:
 
 
 def test_an_update_that_overflows_is_left_out() -> None:
-    """No weight changes, the factor halves until gradients fit, and readings say so."""
+    """No weight changes, the factor halves until gradients fit, and stats say so."""
     state, config = begun("float16")
     seen = [updated(state, config, factor) for factor in (4.0, 4.0, 4.0)]
     assert [row["student_skipped"] for row in seen] == [1, 1, 0]
@@ -150,8 +151,8 @@ def test_a_resumed_run_has_the_factor_of_the_one_before(tmp_path: Path) -> None:
     resumed = trained("resumed", 0.02)
     assert resumed.loss_scales == straight.loss_scales == {"student": LossScale(2.0**14, 3)}
     assert torch.equal(moved(resumed), moved(straight))
-    rows = RunFolder(tmp_path / "resumed").log.rows()
-    assert [row["student_skipped"] for row in rows if "student_skipped" in row] == [1, 1, 0, 0, 0]
+    rows = RunFolder(tmp_path / "resumed").log.all(Stats)
+    assert [row.values["student_skipped"] for row in rows] == [1, 1, 0, 0, 0]
 
 
 def test_older_checkpoints_have_no_factor(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from cli_runs import call, tiny_recipe
 from core.distributed import World
 from core.run_folder import RunFolder
+from core.run_log import Evaluation, Stats
 from training import progress as status_module
 from training.progress import Progress
 
@@ -38,7 +39,7 @@ def test_a_line_of_progress_names_rate_time_memory_and_readings(
         Progress(folder, ALONE, images_seen=0, total_images=400) as s,
     ):
         s.add({"score_loss": torch.tensor(2.5)})
-        s.row(100)
+        s.log(100)
     line = caplog.messages[-1]
     assert line.startswith("100/400 images  10 images/s  0:00:30 left  ")
     gibibytes = float(re.search(r"left  ([\d.]+) GiB  score_loss 2\.5$", line)[1])
@@ -57,7 +58,7 @@ def test_after_a_rollback_the_rate_and_the_means_begin_anew(
         status.restart(50)
         status.add({"score_loss": torch.tensor(2.0)})
         assert status.log(100) == {"score_loss": 2.0}
-    assert folder.log.rows()[-1]["images_per_second"] == 5.0
+    assert folder.log.last(Stats).images_per_second == 5.0
 
 
 # TensorBoard --------------------------------------------------------------------------------------
@@ -90,17 +91,16 @@ def test_tensorboard_shows_what_the_readings_hold(tmp_path: Path) -> None:
         path.unlink()
     assert call("--resume", folder.path).code == 0
     shown = curves(folder)
-    rows = folder.log.rows()
-    for group, name in (("readings", "score_loss"), ("measured", "fid")):
-        held = [
-            (row["images_seen"], (row if group == "readings" else row["measured"])[name])
-            for row in rows
-            if row["images_seen"] and (name in row or name in row.get("measured", {}))
-        ]
-        assert len(held) > 2
-        points = shown[f"{group}/{name}"]
-        assert [step for step, _ in points] == [step for step, _ in held]
-        assert [value for _, value in points] == pytest.approx([value for _, value in held])
+    stats = [(row.images_seen, row.values["score_loss"]) for row in folder.log.all(Stats)]
+    evaluations = [
+        (row.images_seen, row.means["fid"])
+        for row in folder.log.all(Evaluation)
+        if row.when == "training" and row.images_seen
+    ]
+    for name, logged in (("stats/score_loss", stats), ("evaluation/fid", evaluations)):
+        assert len(logged) > 2
+        assert [step for step, _ in shown[name]] == [step for step, _ in logged]
+        assert [value for _, value in shown[name]] == pytest.approx([v for _, v in logged])
     assert [step for step, _ in shown["samples"]] == [32, 64, 80]
 
 
@@ -114,7 +114,7 @@ def test_a_run_that_goes_back_shows_no_step_twice(folder: RunFolder) -> None:
         status.restart(10)
         status.add_evaluation(20, {"fid": 5.0})
     shown = curves(folder)
-    assert shown["measured/fid"] == [(10, 1.0), (20, 5.0)]
+    assert shown["evaluation/fid"] == [(10, 1.0), (20, 5.0)]
     assert shown["samples"] == [(20, 6)]
 
 

@@ -1,4 +1,4 @@
-"""The loop: accumulation, checks before weights change, schedules, readings and stopping."""
+"""The loop: accumulation, checks before weights change, schedules, stats and stopping."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from core.errors import UserError
 from core.randomness import Draws
 from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
+from core.run_log import Evaluation, Stats
 from objectives import diff_instruct
 from teachers import gaussian
 from training import checkpoint
@@ -141,13 +142,11 @@ def test_micro_batches_change_no_weight(folder: RunFolder, micro_batch_size: int
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=f"{name}.{key}")
 
 
-def test_micro_batches_change_no_reading(folder: RunFolder) -> None:
-    """The readings of uneven parts are means over images, not over parts."""
+def test_micro_batches_change_no_stats(folder: RunFolder) -> None:
+    """The stats of uneven parts are means over images, not over parts."""
     run(folder, rounds=1)
     run(folder, rounds=1, micro_batch_size=5)
-    whole, parts = (
-        {k: v for k, v in row.items() if k != "images_per_second"} for row in folder.log.rows()
-    )
+    whole, parts = (row.values for row in folder.log.all(Stats))
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
@@ -373,28 +372,28 @@ def test_the_average_keeps_to_itself() -> None:
 # What a run leaves, and when it stops
 
 
-def test_readings_have_a_row_when_due(folder: RunFolder) -> None:
+def test_stats_have_a_row_when_due(folder: RunFolder) -> None:
     """Every 24 images and after the last: images seen, rate, losses and gradient norms."""
     run(folder, rounds=5, stats_every_kimg=0.024)
-    rows = folder.log.rows()
-    assert [row["images_seen"] for row in rows] == [24, 48, 60]
-    names = {"images_per_second", "score_loss", "pull", "score_gradient", "student_gradient"}
+    rows = folder.log.all(Stats)
+    assert [row.images_seen for row in rows] == [24, 48, 60]
+    names = {"score_loss", "pull", "score_gradient", "student_gradient"}
     for row in rows:
-        assert row.keys() == {"images_seen"} | names
-        assert all(row[name] > 0 for name in names)
+        assert row.values.keys() == names
+        assert row.images_per_second > 0 and all(row.values[name] > 0 for name in names)
 
 
-def test_readings_are_means_since_the_last_row(folder: RunFolder) -> None:
+def test_stats_are_means_since_the_last_row(folder: RunFolder) -> None:
     """A row over two rounds is the mean of the rows of each."""
     run(folder, rounds=2, stats_every_kimg=0.012)
     run(folder, rounds=2, stats_every_kimg=0.024)
-    first, second, both = folder.log.rows()
+    first, second, both = (row.values for row in folder.log.all(Stats))
     for name in ("score_loss", "pull", "score_gradient"):
         assert both[name] == pytest.approx((first[name] + second[name]) / 2)
 
 
 def test_measuring_is_done_when_due_and_after_the_last_round(folder: RunFolder) -> None:
-    """It sees the state of that count, and its numbers stand in the readings."""
+    """It sees the state of that count, and its numbers stand in the log."""
     seen = []
 
     def measure(state: TrainState) -> dict[str, float]:
@@ -403,8 +402,8 @@ def test_measuring_is_done_when_due_and_after_the_last_round(folder: RunFolder) 
 
     run(folder, rounds=5, measure=measure, measure_every_kimg=0.024)
     assert seen == [24, 48, 60]
-    rows = [row for row in folder.log.rows() if "measured" in row]
-    assert [(row["images_seen"], row["measured"]["fid"]) for row in rows] == [
+    rows = folder.log.all(Evaluation)
+    assert [(row.images_seen, row.means["fid"]) for row in rows] == [
         (24, 76.0),
         (48, 52.0),
         (60, 40.0),
@@ -425,7 +424,7 @@ def test_a_stop_saves_and_says_so(folder: RunFolder) -> None:
     with pytest.raises(Interrupted):
         run(folder, rounds=5, stop_requested=lambda: next(answers))
     assert checkpoint.images_saved(folder) == 24
-    assert folder.log.rows()[-1]["images_seen"] == 24
+    assert folder.log.rows()[-1].images_seen == 24
 
 
 def test_a_stop_in_the_last_round_is_the_end(folder: RunFolder) -> None:
