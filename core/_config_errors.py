@@ -143,6 +143,9 @@ def _explained(place: _Place, error: ErrorDetails) -> tuple[str, str]:
     match error["type"]:
         case "extra_forbidden":
             key = str(error["loc"][-1])
+            renamed: Mapping[str, str] = getattr(place.owner, "renamed", {})
+            if key in renamed:
+                return place.path, f"this key is now called {renamed[key]!r}"
             near = did_you_mean(key, known)
             return place.path, f"unknown key{near or '; the keys here are ' + ', '.join(known)}"
         case "missing":

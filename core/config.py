@@ -38,6 +38,9 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """A part of a recipe: frozen, closed to unknown keys, a field's docstring describes it."""
 
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Earlier name of a key -> its name now: an old recipe is refused with the new name."""
+
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,8 @@ from training.state import OptimizerConfig
 
 class Config(Section):
     """The `training` section of a recipe."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"readings_every_kimg": "stats_every_kimg"}
 
     duration_kimg: float = Field(default=5000, gt=0)
     """Length of the run, in thousands of student images."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ _FEWEST_ROWS = 10
 
 class DivergenceConfig(Section):
     """Criteria of divergence, and the reaction to it."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"reading_factor": "stats_factor"}
 
     action: Literal["stop", "rollback"] = "stop"
     """stop: end with an error, all checkpoints stay; rollback: go on from the checkpoint that

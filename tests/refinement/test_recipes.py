@@ -174,6 +174,19 @@ def test_what_is_watched_must_be_measured(settings: str, message: str) -> None:
         read_recipe(ROOT / "configs" / "gan" / "gaussian.yaml", settings.split())
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.readings_every_kimg=1", "training.readings_every_kimg: .* 'stats_every_kimg'"),
+        ("training.divergence.reading_factor=9", "reading_factor: .* now called 'stats_factor'"),
+    ],
+)
+def test_a_renamed_key_is_refused_with_its_new_name(setting: str, message: str) -> None:
+    """A recipe of an earlier version says what to change."""
+    with pytest.raises(UserError, match=message):
+        read_recipe(ROOT / "configs" / "gan" / "gaussian.yaml", [setting])
+
+
 @pytest.mark.parametrize("mode", ["--gan", "--distill"])
 def test_the_embedded_default_ends_in_a_report(mode: str, tmp_path: Path) -> None:
     """With no recipe at all, made brief: every metric before and after, the teacher's beside."""
