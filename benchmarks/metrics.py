@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 from torch_fidelity import metric_fid, metric_kid, metric_prc
 
-from eval.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_and_recall
+from eval.feature_stats import FeatureStatistics
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.kernel import kernel_distance
+from eval.metrics.precision_recall import precision_and_recall
 
 GENERATED, REAL = 10_000, 8_000
 _NEIGHBOURS = 3
@@ -107,7 +110,7 @@ def precision(dimensions: int) -> Pair:
         found = metric_prc.prc_features_to_metric(made, real, **options)
         return found[metric_prc.KEY_METRIC_PRECISION] + found[metric_prc.KEY_METRIC_RECALL]
 
-    return Pair(lambda: sum(precision_and_recall(made, real, neighbours=_NEIGHBOURS)), theirs)
+    return Pair(lambda: sum(precision_and_recall(made, real, neighbors=_NEIGHBOURS)), theirs)
 
 
 CASES: dict[str, Callable[[], Pair]] = {

@@ -23,9 +23,9 @@ from core.errors import UserError
 from core.precision import rounding_products
 from core.roles import Denoiser
 from core.run_folder import RunFolder
-from eval import edm_sampler, features, measuring, progress, scorecard, scoring, subjects, suite
+from eval import edm_sampler, evaluator, features, progress, scorecard, standalone, subjects
 from eval import reference as references
-from eval.measuring import METRICS
+from eval.metrics import registry
 from eval.subjects import Kind, Subject
 from pretrained import files
 from pretrained.files import SavedNetwork
@@ -33,9 +33,10 @@ from pretrained.files import SavedNetwork
 _log = logging.getLogger(__name__)
 _TITLES = {
     "all": "All of them, as far as they can be measured",
-    "is": METRICS["inception_score"].title,
-    "pr": "improved precision and recall",
-    **{name: about.title for name, about in METRICS.items()},
+    **{
+        group: " and ".join(registry.metrics()[name].title for name in members)
+        for group, members in registry.groups().items()
+    },
 }
 
 
@@ -43,13 +44,13 @@ class _Commands(click.Group):
     """Commands, among them every name that asks for metrics."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return ["all", *scoring.ALL, *super().list_commands(context)]
+        return ["all", *standalone.all_names(), *super().list_commands(context)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name in self.commands:
             return self.commands[name]
         try:
-            measuring.parse(_names(name))
+            registry.parse(_names(name))
         except UserError as error:
             known = ", ".join(self.commands)
             raise click.UsageError(f"{error}; or one of the commands {known}") from error
@@ -60,7 +61,7 @@ class _Commands(click.Group):
 
 def _names(command: str) -> tuple[str, ...]:
     """Return the metrics that a command asks for: all, one, or several with commas between."""
-    return scoring.ALL if command == "all" else tuple(command.split(","))
+    return standalone.all_names() if command == "all" else tuple(command.split(","))
 
 
 @click.group(
@@ -165,8 +166,8 @@ def _measure(
     settings = _settings(
         metrics=names,
         reference=reference,
-        extractor=extractor or scoring.usual_extractor(names),
-        images=images or scoring.usual_images(names),
+        extractor=extractor or standalone.usual_extractor(names),
+        images=images or standalone.usual_images(names),
         seeds=seeds or 1,
         batch_size=batch_size,
         definitions=config.with_overrides({}, definitions),
@@ -177,21 +178,21 @@ def _measure(
         with distributed.main_first(world):
             subject = _subject(source, sampler, world)
         _check_options(subject, seeded)
-        measurement = scoring.prepare(
+        evaluation = standalone.prepare(
             subject,
             settings,
             world=world,
             first_seed=first_seed or 0,
             leaving_out=name == "all",
         )
-        card = scoring.measure(measurement)
+        card = standalone.scorecard(evaluation)
         if world.is_main:
             click.echo(scorecard.to_json(card) if as_json else scorecard.table(card))
 
 
-def _settings(**settings: object) -> suite.Config:
+def _settings(**settings: object) -> evaluator.Config:
     given = {key: value for key, value in settings.items() if value is not None}
-    return config.validate(suite.Config, given, source="the command line")
+    return config.validate(evaluator.Config, given, source="the command line")
 
 
 def _check_options(subject: Subject, seeded: dict[str, int | None]) -> None:
@@ -271,7 +272,7 @@ def _kind(path: Path) -> Kind:
 @click.option(
     "--kept-images",
     type=click.IntRange(min=2),
-    default=measuring.Config().kept_images,
+    default=registry.Config().kept_images,
     show_default=True,
     metavar="N",
     help="Features of so many images at most, drawn at random.",
@@ -310,7 +311,7 @@ def reference(
         made = references.reference_statistics(
             source,
             network,
-            keep=measuring.Config(kept_images=kept_images) if keep_features else None,
+            keep=registry.Config(kept_images=kept_images) if keep_features else None,
             batch_size=batch_size,
             world=world,
             show=progress.of_rank(world),

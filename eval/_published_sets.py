@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from data.prepare import open_source
-from eval.metrics import FeatureStatistics
+from eval.feature_stats import FeatureStatistics
 from pretrained import nvidia_pickle
 
 ARCHIVES = (".tar", ".tgz", ".tar.gz")

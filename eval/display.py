@@ -1,22 +1,22 @@
-"""How a metric and its values are shown."""
+"""Display of metrics and their values: titles, numbers, changes, arrows."""
 
 from __future__ import annotations
 
-from eval.measuring import METRICS
-from eval.metrics import MetricResult
+from eval.metrics.registry import MetricResult, metrics
 from eval.provenance import ExtractorName
 
 
 def metric_title(metric: str, extractor: ExtractorName | None) -> str:
     """Return a metric's name for a reader, with the extractor's where it is not the usual one."""
-    about = METRICS[metric]
-    usual = extractor is None or about.published_features in (extractor.name, "lpips")
-    return about.label if usual else f"{about.label} ({extractor.name} features)"
+    about = metrics()[metric]
+    if extractor is None or has_published_features(metric, extractor.name):
+        return about.label
+    return f"{about.label} ({extractor.name} features)"
 
 
 def shown(metric: str, result: MetricResult) -> str:
     """Return "24.1 ± 0.2": two decimals, fewer where mean and spread are large."""
-    times = METRICS[metric].times
+    times = metrics()[metric].scale
     mean, std = result.mean * times, result.std * times
     if len(result.values) < 2:
         return number(metric, result.mean)
@@ -26,7 +26,7 @@ def shown(metric: str, result: MetricResult) -> str:
 
 def number(metric: str, value: float) -> str:
     """Return a value, or a difference of two, of a metric as it is shown."""
-    value *= METRICS[metric].times
+    value *= metrics()[metric].scale
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
@@ -40,4 +40,15 @@ def change(before: MetricResult, after: MetricResult) -> str:
 
 def unit(metric: str) -> str:
     """Return what stands behind a metric's title, such as ", %"."""
-    return f", {METRICS[metric].unit}" if METRICS[metric].unit else ""
+    return f", {metrics()[metric].unit}" if metrics()[metric].unit else ""
+
+
+def has_published_features(metric: str, extractor: str) -> bool:
+    """Return whether a metric of this extractor's features compares with published values."""
+    about = metrics()[metric]
+    return about.needs == "student" or about.published_features == extractor
+
+
+def arrow(metric: str) -> str:
+    """Return the arrow in the direction of better values."""
+    return {"lower": "↓", "higher": "↑"}[metrics()[metric].better]

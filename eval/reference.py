@@ -31,10 +31,11 @@ from core.distributed import World
 from core.downloads import cache_path, local_file, sha256_of
 from core.errors import UserError
 from data.images import Images
-from eval import _published_sets, measuring
-from eval.collecting import Collected, Collector, kept_indices, merged_over_ranks
+from eval import _published_sets
+from eval.feature_stats import Collected, Collector, kept_indices, merged_over_ranks
 from eval.features import Extractor
-from eval.metrics import frechet_distance
+from eval.metrics import registry
+from eval.metrics.frechet import frechet_distance
 from eval.progress import Show, silent
 
 _log = logging.getLogger(__name__)
@@ -67,13 +68,15 @@ class Reference:
     """Fréchet distance of every other image to the rest: what chance leaves; None: not known."""
     features: Tensor | None = None
     """[M, D] float32 of some or all images, in their order; None where they were not kept."""
+    classes: None = None
+    """Class statistics are not stored."""
 
 
 def reference_statistics(
     source: str | Path,
     extractor: Extractor,
     *,
-    keep: measuring.Config | None = None,
+    keep: registry.Config | None = None,
     batch_size: int = 250,
     cache: Path | None = None,
     world: World = _SINGLE,
@@ -157,7 +160,7 @@ def measure(
     extractor: Extractor,
     *,
     sha256: str | None = None,
-    keep: measuring.Config | None = None,
+    keep: registry.Config | None = None,
     batch_size: int = 250,
     world: World = _SINGLE,
     show: Show = silent,
@@ -199,7 +202,7 @@ def _collected(
     images: ImageSet,
     extractor: Extractor,
     *,
-    keep: measuring.Config | None,
+    keep: registry.Config | None,
     batch_size: int,
     world: World,
     show: Show,
@@ -273,7 +276,7 @@ def read_npz(path: str | Path, extractor: Extractor) -> Reference:
     return Reference(mean, covariance, **meta.model_dump(), features=kept)
 
 
-def _read_pkl(path: Path, extractor: Extractor, *, keep: measuring.Config | None) -> Reference:
+def _read_pkl(path: Path, extractor: Extractor, *, keep: registry.Config | None) -> Reference:
     """Return the reference of statistics that StyleGAN's programs keep."""
     stored = _published_sets.read_full_data(path)
     meta = _published_meta(path, len(stored.mean), extractor)

@@ -7,14 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from eval.display import metric_title, shown, unit
-from eval.measuring import METRICS
-from eval.metrics import MetricResult
+from eval.display import arrow, metric_title, shown, unit
+from eval.metrics.registry import MetricResult, metrics
 from eval.provenance import Environment, ExtractorName, ReferenceName
 
 SCHEMA_VERSION = 1
 _FEW_IMAGES = 10_000
-_ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Scorecard:
 
     subject: SubjectName
     metrics: Mapping[str, MetricResult]
-    """Metric -> result; the names are those of measuring.METRICS."""
+    """Metric -> result; the names are those of eval.metrics."""
     asked: tuple[str, ...]
     """The names that were asked for, such as fid50k_full."""
     images: int
@@ -46,7 +44,7 @@ class Scorecard:
     distance: ExtractorName | None
     """Between images, of path lengths; None where none was measured."""
     definitions: Mapping[str, object]
-    """Subsets, splits and neighbours of the metrics: measuring.Config."""
+    """Subsets, splits and neighbors of the metrics: eval.metrics.registry.Config."""
     sampler: str | None
     left_out: Mapping[str, str]
     """Name of a metric -> why it was not measured."""
@@ -59,8 +57,8 @@ def to_json(card: Scorecard) -> str:
     document = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(card)}
     document["metrics"] = {
         name: {
-            "title": METRICS[name].title,
-            "better": METRICS[name].better,
+            "title": metrics()[name].title,
+            "better": metrics()[name].better,
             "mean": result.mean,
             "std": result.std,
             "values": list(result.values),
@@ -73,9 +71,7 @@ def to_json(card: Scorecard) -> str:
 def table(card: Scorecard) -> str:
     """Return the values, then what they are of and a reader's warnings, as lines."""
     values = {
-        metric_title(name, card.extractor)
-        + unit(name)
-        + f" {_ARROWS[METRICS[name].better]}": shown(name, result)
+        metric_title(name, card.extractor) + unit(name) + f" {arrow(name)}": shown(name, result)
         for name, result in card.metrics.items()
     }
     notes = [f"! {note}" for note in _notes(card)]
@@ -103,7 +99,9 @@ def _facts(card: Scorecard) -> dict[str, str]:
 
 def _notes(card: Scorecard) -> list[str]:
     found = [f"{name} was left out: {why}" for name, why in card.left_out.items()]
-    if "fid" in card.metrics and card.images < _FEW_IMAGES:
+    if any(metrics()[m].grows_with_few_images for m in card.metrics) and (
+        card.images < _FEW_IMAGES
+    ):
         found.append(
             f"a Fréchet distance of {card.images:,} images is too high: compare it only with "
             "values of as many"

@@ -20,9 +20,10 @@ from core.run_log import (
     of_kind,
 )
 from eval import edm_sampler, provenance, reference, samples
-from eval.collecting import kept_indices
-from eval.likeness import Drift, Nearness
-from eval.suite import size
+from eval.evaluator import size
+from eval.feature_stats import kept_indices
+from eval.metrics.frechet import FID
+from eval.nearest import Drift, Nearness
 from refinement.adapter import Downsample
 from refinement.components import SAMPLED, Parts, found
 from refinement.evaluation import logged_comparison, logged_metrics, teacher_scores
@@ -37,7 +38,7 @@ def report_of(run: Run) -> data.Report:
     every = run.folder.log.rows()
     rows = [row for row in every if row.images_seen <= at]
     sessions = of_kind(rows, Session)
-    real = parts.suite and parts.suite.real
+    real = parts.evaluator and parts.evaluator.real
     return data.Report(
         name=recipe.name,
         before=logged_metrics(run.folder, "before", 0) or {},
@@ -45,7 +46,7 @@ def report_of(run: Run) -> data.Report:
         images=recipe.evaluation.images,
         first_seed=0,
         reference=real and provenance.ReferenceName.of(real),
-        extractor=parts.suite and provenance.ExtractorName.of(parts.suite.extractor),
+        extractor=parts.evaluator and provenance.ExtractorName.of(parts.evaluator.extractor),
         environment=provenance.Environment.here(run.world.device, processes=run.world.size),
         kernel_backend=parts.kernel_backend,
         teacher_samples=_teacher_score(run),
@@ -73,20 +74,20 @@ def pair_seeds(run: Run) -> list[int]:
     return samples.pair_seeds(run.original, run.recipe.evaluation.pairs)
 
 
-def neighbours(
+def neighbors(
     run: Run, made: data.Report, images_of: samples.ImagesOf
 ) -> samples.Neighbours | None:
     """Return pictures of the images after that come nearest to real ones, where those are at hand.
 
     images_of: of the student after.
     """
-    source, suite = run.recipe.evaluation.reference, run.parts.suite
-    if made.nearness is None or suite is None or source in (None, "teacher"):
+    source, evaluator = run.recipe.evaluation.reference, run.parts.evaluator
+    if made.nearness is None or evaluator is None or source in (None, "teacher"):
         return None
     path = local_file(found(source))
     if not reference.is_image_set(path):
         return None
-    images, config = reference.image_set(path), suite.definitions
+    images, config = reference.image_set(path), evaluator.config.definitions
     kept = kept_indices(len(images), config.kept_images, config.random_seed)
     seeds = [pair.image for pair in made.nearness.nearest]
     real = torch.stack([images[int(kept[pair.real])] for pair in made.nearness.nearest])
@@ -117,10 +118,10 @@ def _teacher_score(run: Run) -> data.SampleScore | None:
 
 
 def _real_halves(parts: Parts) -> data.SampleScore | None:
-    real = parts.suite and parts.suite.real
+    real = parts.evaluator and parts.evaluator.real
     if not real or real.halves_fid is None or real.images is None:
         return None
-    return data.SampleScore({"fid": real.halves_fid}, real.images // 2)
+    return data.SampleScore({FID.name: real.halves_fid}, real.images // 2)
 
 
 def _sampler(run: Run) -> str | None:

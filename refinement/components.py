@@ -20,10 +20,10 @@ from core.errors import UserError
 from core.roles import Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
-from eval import edm_sampler, reference, samples, suite
-from eval.measuring import Planned
+from eval import edm_sampler, evaluator, reference, samples
+from eval.evaluator import Evaluator, size
+from eval.metrics.registry import Planned
 from eval.reference import Reference
-from eval.suite import Suite, size
 from generators import one_step_edm
 from pretrained import networks
 from refinement import adapter
@@ -49,7 +49,7 @@ class Parts:
     objective: Objective
     sampler: samples.Sampler
     """How a denoiser is sampled."""
-    suite: Suite | None
+    evaluator: Evaluator | None
     """What is measured; None: nothing. Without reference where that is the teacher's samples, until
     `with_teacher_samples` made them.
     """
@@ -159,17 +159,17 @@ def _objective(recipe: Recipe, student: nn.Module) -> Objective:
     return built
 
 
-def _measures(settings: suite.Config, student: nn.Module, world: World) -> Suite | None:
+def _measures(settings: evaluator.Config, student: nn.Module, world: World) -> Evaluator | None:
     """Return what is measured, without its reference; None: nothing."""
     for source in (settings.reference, settings.teacher):
         if source not in (None, "teacher", SAMPLED):
             local_file(found(source))  # a wrong path is said before an extractor is fetched
-    return suite.load(settings, image_shape=tuple(student.image_shape), world=world)
+    return evaluator.load(settings, image_shape=tuple(student.image_shape), world=world)
 
 
 def _with_references(
-    loaded: Suite | None, settings: suite.Config, student: nn.Module
-) -> tuple[Suite | None, Reference | None]:
+    loaded: Evaluator | None, settings: evaluator.Config, student: nn.Module
+) -> tuple[Evaluator | None, Reference | None]:
     """Return what is measured with its reference, and the teacher's own samples; nothing where that
     comes later. The ranks share the work.
 
@@ -181,27 +181,27 @@ def _with_references(
     if settings.reference == "teacher":
         kept = min(settings.images, settings.definitions.kept_images)
         planned = Planned(settings.images, kept)
-        loaded.check(images=settings.images, student=student, real=planned)
+        loaded.check(student=student, real=planned)
     elif settings.reference is None:
-        loaded.check(images=settings.images, student=student)
+        loaded.check(student=student)
     else:
-        real = suite.read_reference(found(settings.reference), loaded, image_shape=shape)
-        loaded = replace(loaded, real=real)
-        loaded.check(images=settings.images, student=student)
+        real = evaluator.read_reference(found(settings.reference), loaded, image_shape=shape)
+        loaded = loaded.with_real(real)
+        loaded.check(student=student)
     if settings.teacher not in (None, SAMPLED):
-        made = suite.read_reference(found(settings.teacher), loaded, image_shape=shape)
+        made = evaluator.read_reference(found(settings.teacher), loaded, image_shape=shape)
     return loaded, made
 
 
 def with_teacher_samples(
-    parts: Parts, settings: suite.Config, folder: RunFolder, world: World
+    parts: Parts, settings: evaluator.Config, folder: RunFolder, world: World
 ) -> Parts:
     """Return the parts with the teacher's own samples measured, where the recipe asks for that.
 
     They are kept in the run's folder, so that a run samples its teacher once.
     """
     is_reference = settings.reference == "teacher"
-    made, measures = parts.teacher_samples, parts.suite
+    made, measures = parts.teacher_samples, parts.evaluator
     if measures is None or not (is_reference or settings.teacher):
         return parts
     if made is None and distributed.from_main(folder.teacher_samples.exists(), world):
@@ -211,16 +211,16 @@ def with_teacher_samples(
         if world.is_main:
             reference.save_npz(folder.teacher_samples, made)
     if is_reference:
-        measures = replace(measures, real=made)
-    return replace(parts, teacher_samples=made, suite=measures)
+        measures = measures.with_real(made)
+    return replace(parts, teacher_samples=made, evaluator=measures)
 
 
-def _sampled(parts: Parts, measures: Suite, settings: suite.Config) -> Reference:
+def _sampled(parts: Parts, measures: Evaluator, settings: evaluator.Config) -> Reference:
     _log.info("sampling %d images of the teacher", settings.images)
     seeds = range(_TEACHER_SEED, _TEACHER_SEED + settings.images)
     images_of = parts.images_of(parts.teacher)
     return reference.of_samples(
-        measures.collected(images_of, seeds, also={"moments"}),
+        measures.feature_stats(images_of, seeds, also={"moments"}),
         source="the teacher's own samples",
         extractor=measures.extractor,
         shape=parts.teacher.image_shape,

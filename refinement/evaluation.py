@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Literal, TypeVar
 
 import torch
@@ -19,8 +19,8 @@ from core.disk import atomic_write
 from core.run_folder import RunFolder
 from core.run_log import Evaluation, ImageComparison
 from eval import samples
-from eval.likeness import Drift, Nearness, drift, nearness
-from eval.metrics import MetricResult
+from eval.metrics.registry import MetricResult
+from eval.nearest import Drift, Nearness, drift, nearness
 from refinement.run import Run, timed
 from reports import figures
 from training.state import TrainState
@@ -34,8 +34,8 @@ _log = logging.getLogger(__name__)
 def evaluate(run: Run, when: Literal["before", "after"], student: nn.Module) -> None:
     """Evaluate a student on all seeds and log the metrics, unless the log holds them already."""
     images_seen = 0 if when == "before" else run.state.images_seen
-    suite = run.parts.suite
-    if suite is None:
+    evaluator = run.parts.evaluator
+    if evaluator is None:
         return
     is_logged = logged_metrics(run.folder, when, images_seen) is not None
     if distributed.from_main(is_logged, run.world):
@@ -44,12 +44,7 @@ def evaluate(run: Run, when: Literal["before", "after"], student: nn.Module) -> 
     settings = run.recipe.evaluation
     _log.info("measuring %s: %d x %d images", when, settings.seeds, settings.images)
     with timed(run, when):
-        results = suite.over_seeds(
-            run.parts.images_of(student),
-            images=settings.images,
-            seeds=settings.seeds,
-            student=student,
-        )
+        results = evaluator.evaluate(run.parts.images_of(student), student=student)
     if run.world.is_main:
         values = {metric: result.values for metric, result in results.items()}
         run.folder.log.append(Evaluation(images_seen=images_seen, when=when, metrics=values))
@@ -96,14 +91,12 @@ def while_training(
             partial.write_bytes(figures.grid_picture(images, columns=10))
 
     # metrics, by all ranks
-    count = settings.images_while_training
-    suite = run.parts.suite and run.parts.suite.while_training(images=count)
-    if settings.every_kimg == 0 or suite is None:
+    evaluator = run.parts.evaluator
+    if settings.every_kimg == 0 or evaluator is None:
         return {}
-    if state.images_seen < run.recipe.training.total_images:
-        suite = replace(suite, stop_requested=stop_requested)
-    results = suite.over_seeds(images_of, images=count)
-    return {metric: result.mean for metric, result in results.items()}
+    if state.images_seen >= run.recipe.training.total_images:
+        return evaluator.evaluate_quick(images_of)
+    return evaluator.evaluate_quick(images_of, stop_requested=stop_requested)
 
 
 def compare(run: Run, student: nn.Module) -> None:
@@ -111,10 +104,10 @@ def compare(run: Run, student: nn.Module) -> None:
 
     Skipped where the log holds them. A denoiser that began as noise is not compared with itself.
     """
-    suite, images_seen = run.parts.suite, run.state.images_seen
-    real = suite.real.features if suite is not None and suite.real is not None else None
+    evaluator, images_seen = run.parts.evaluator, run.state.images_seen
+    real = evaluator.real.features if evaluator and evaluator.real else None
     drifts = run.recipe.mode != "teach"
-    if suite is None or not (drifts or real is not None):
+    if evaluator is None or not (drifts or real is not None):
         return
     is_logged = run.folder.log.last(ImageComparison, images_seen=images_seen) is not None
     if distributed.from_main(is_logged, run.world):
@@ -123,10 +116,10 @@ def compare(run: Run, student: nn.Module) -> None:
     seeds = range(max(2, run.world.size, min(COMPARED_IMAGES, run.recipe.evaluation.images)))
     results: list[Drift | Nearness] = []
     with timed(run, "comparison"):
-        device = suite.extractor.device
-        after = suite.features(run.parts.images_of(student), seeds).to(device)
+        device = evaluator.extractor.device
+        after = evaluator.features(run.parts.images_of(student), seeds).to(device)
         if drifts:
-            before = suite.features(run.parts.images_of(run.original), seeds).to(device)
+            before = evaluator.features(run.parts.images_of(run.original), seeds).to(device)
             results.append(drift(before, after))
         if real is not None:
             results.append(nearness(after, real.to(device)))
@@ -147,7 +140,7 @@ def logged_comparison(folder: RunFolder, kind: type[T], images_seen: int) -> T |
 
 def teacher_scores(run: Run) -> dict[str, float]:
     """Return the metrics of the teacher's own samples, as far as their statistics give them."""
-    suite, teacher = run.parts.suite, run.parts.teacher_samples
-    if suite is None or teacher is None or teacher is suite.real:
+    evaluator, teacher = run.parts.evaluator, run.parts.teacher_samples
+    if evaluator is None or teacher is None or teacher is evaluator.real:
         return {}
-    return suite.of_stored(teacher)
+    return evaluator.evaluate_stored(teacher)

@@ -73,7 +73,7 @@ def finish(run: Run) -> data.Report:
     log_session(run)
     made = build_report.report_of(run)
     if run.world.is_main:
-        near = build_report.neighbours(run, made, run.parts.images_of(student))
+        near = build_report.neighbors(run, made, run.parts.images_of(student))
         write.write(run.folder.report, made, _pairs(run, student), near)
     return made
 

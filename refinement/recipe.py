@@ -14,8 +14,8 @@ from core import config, plugins
 from core.config import ConfigError, Section
 from core.errors import UserError
 from custom_ops import backend
-from eval import edm_sampler, suite
-from eval.measuring import METRICS, least_images, parse
+from eval import edm_sampler, evaluator
+from eval.metrics.registry import metrics, parse
 from training import trainer
 from training.divergence import WatchedMetric
 
@@ -78,7 +78,7 @@ class Recipe(Section):
     """What is minimised."""
     training: trainer.Config = trainer.Config()
     """The loop."""
-    evaluation: suite.Config = suite.Config()
+    evaluation: evaluator.Config = evaluator.Config()
     """What is measured before, while and after."""
     sampler: edm_sampler.Config = edm_sampler.Config()
     """How a diffusion model is sampled for its own score."""
@@ -113,29 +113,29 @@ class Recipe(Section):
                 f"{asks} needs measurements while training: set evaluation.every_kimg, or leave it "
                 "out"
             )
-        watched, known = self.watched_metric.name, self._measured_while_training()
+        watched, known = self.watched_metric.name, self._evaluated_while_training()
         if watched not in known:
             raise ValueError(
                 f"{asks} watches {watched!r}, which is not measured while training: choose one of "
                 f"{', '.join(known) or 'none'} as training.keep.best; what is measured follows "
                 "from evaluation.metrics, reference and images_while_training"
             )
-        better = "lowest" if METRICS[watched].better == "lower" else "highest"
+        better = "lowest" if metrics()[watched].better == "lower" else "highest"
         if keep.best is not None and keep.best_is != better:
             raise ValueError(
                 f"training.keep.best_is is {keep.best_is}, and of {watched} the {better} is best"
             )
         return self
 
-    def _measured_while_training(self) -> list[str]:
-        settings = self.evaluation
-        metrics = [metric for request in parse(settings.metrics) for metric in request.metrics]
+    def _evaluated_while_training(self) -> list[str]:
+        """Return the metrics of the evaluations while training."""
+        config = self.evaluation
+        names = [metric for request in parse(config.metrics) for metric in request.metrics]
         return [
-            metric
-            for metric in metrics
-            if metric != "ppl"
-            and (settings.reference is not None or not METRICS[metric].compares)
-            and least_images(metric, settings.definitions) <= settings.images_while_training
+            name
+            for name in names
+            if evaluator.gives_quick(name, config)
+            and (config.reference is not None or not metrics()[name].compares)
         ]
 
     @property
@@ -148,7 +148,7 @@ class Recipe(Section):
         if keep.best is not None:
             return WatchedMetric(keep.best, highest=keep.best_is == "highest")
         headline = parse(self.evaluation.metrics)[0].metrics[0]
-        return WatchedMetric(headline, highest=METRICS[headline].better == "higher")
+        return WatchedMetric(headline, highest=metrics()[headline].better == "higher")
 
     @property
     def mode(self) -> Mode:

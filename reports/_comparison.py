@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from urllib.parse import quote
 
-from eval.measuring import METRICS
+from eval.metrics.registry import metrics
 from reports._drawing import Series, drawing, legend
 from reports._html import coded, document, notes
 from reports.compare import COLUMNS, Comparison, Run, lines, title
@@ -65,7 +65,7 @@ def _curves(compared: Comparison) -> Iterator[str]:
             series = Series(run.name, shown_points(run.report))
             drawn.setdefault(run.report.curve.metric, []).append(series)
     for metric, series in drawn.items():
-        about = METRICS[metric]
+        about = metrics()[metric]
         counts = {
             run.report.curve.images
             for run in compared.runs

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.display import metric_title
-from eval.measuring import METRICS
+from eval.metrics.registry import metrics
 from eval.samples import Neighbours, Pairs
 from reports._drawing import Series, drawing
 from reports._html import coded, document, notes
@@ -138,7 +138,7 @@ def _curve(report: Report) -> str:
         return ""
     title = metric_title(curve.metric, report.extractor)
     drawn = drawing([Series(title, points)], levels(report))
-    better = METRICS[curve.metric].better
+    better = metrics()[curve.metric].better
     of = f" of {curve.images:,} images" if curve.images else ""
     return (
         f"<section><h2>{escape(title)} while training</h2>{drawn}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from eval.display import metric_title, number, shown
-from eval.measuring import METRICS
-from eval.metrics import MetricResult
+from eval.display import has_published_features, metric_title, number, shown
+from eval.metrics.registry import MetricResult, metrics
 from reports.data import Report
 
 _FEW_IMAGES = 10_000
 """Fewer make a Fréchet distance that is compared with nothing else."""
+_SMALL_FALL = 0.02
+"""A relative fall of a metric that is no sign of lost modes, whatever the spread over seeds."""
 
 
 def warnings(report: Report) -> list[str]:
@@ -35,11 +36,11 @@ def warnings(report: Report) -> list[str]:
 def _features_warning(report: Report) -> list[str]:
     assert report.extractor is not None
     name = report.extractor.name
-    others = [m for m in report.metrics if METRICS[m].published_features not in (name, "lpips")]
+    others = [m for m in report.metrics if not has_published_features(m, name)]
     if not others:
         return []
-    titles = _listed([METRICS[metric].label for metric in others])
-    usual = _listed([METRICS[metric].published_features for metric in others])
+    titles = _listed([metrics()[metric].label for metric in others])
+    usual = _listed([metrics()[metric].published_features for metric in others])
     return [
         f"{titles} of features of `{name}`, not of {usual}: not comparable with published values."
     ]
@@ -49,10 +50,10 @@ def _teacher_warnings(report: Report) -> list[str]:
     found = []
     name = next(iter(report.metrics), "")
     teacher = report.teacher_samples.metrics.get(name) if report.teacher_samples else None
-    if teacher is not None and _is_better(name, report.before[name].mean, than=teacher):
+    if teacher is not None and metrics()[name].is_better(report.before[name].mean, than=teacher):
         found.append(
-            f"The teacher's own samples ({METRICS[name].label} {number(name, teacher)}) are worse "
-            "than the student was before: there is little to learn from it."
+            f"The teacher's own samples ({metrics()[name].label} {number(name, teacher)}) are "
+            "worse than the student was before: there is little to learn from it."
         )
     if report.teacher_sees:
         found.append(
@@ -64,21 +65,25 @@ def _teacher_warnings(report: Report) -> list[str]:
 
 
 def _mode_loss_warning(report: Report) -> list[str]:
-    """Return a warning where images became better and fewer kinds of them are left."""
-    if not {"fid", "recall"} <= set(report.metrics):
+    """Return a warning for each metric of mode coverage that fell while the headline improved."""
+    headline = next(iter(report.metrics), None)
+    if headline is None:
         return []
-    before, after = report.before["recall"], report.after["recall"]
-    fell = before.mean - after.mean > before.std + after.std
-    if not fell or report.after["fid"].mean >= report.before["fid"].mean:
+    about = metrics()[headline]
+    if not about.is_better(report.after[headline].mean, than=report.before[headline].mean):
         return []
-    return [
-        f"Recall fell from {shown('recall', before)} to {shown('recall', after)} % while FID "
-        "improved: some kinds of images are made no more (mode loss)."
-    ]
-
-
-def _is_better(metric: str, value: float, *, than: float) -> bool:
-    return value < than if METRICS[metric].better == "lower" else value > than
+    lines = []
+    for name in report.metrics:
+        before, after = report.before[name], report.after[name]
+        noise = max(before.std + after.std, _SMALL_FALL * before.mean)
+        fell = before.mean - after.mean > noise
+        if metrics()[name].shows_mode_loss and name != headline and fell:
+            lines.append(
+                f"{metrics()[name].label} fell from {shown(name, before)} to {shown(name, after)} "
+                f"% while {about.label} improved: the student no longer produces some kinds of "
+                "images (mode loss)."
+            )
+    return lines
 
 
 def _spread_warning(

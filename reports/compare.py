@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import UserError
-from eval.display import change, number, shown, unit
-from eval.measuring import METRICS
-from eval.metrics import MetricResult
+from eval.display import arrow, change, number, shown, unit
+from eval.metrics.registry import MetricResult, metrics
 from reports.data import Report
 from reports.text import facts
 
-_ARROWS = {"lower": "↓", "higher": "↑"}
 COLUMNS = ("before", "after", "change", "teacher")
 _NOWHERE = "-"
 """Stands for a key that a run's recipe has not."""
@@ -99,13 +97,13 @@ def compare(reports: Sequence[Report], paths: Sequence[Path], *, beside: Path) -
 
 def title(metric: str) -> str:
     """Return a metric's name with its unit and which way is better."""
-    return f"{METRICS[metric].label}{unit(metric)} {_ARROWS[METRICS[metric].better]}"
+    return f"{metrics()[metric].label}{unit(metric)} {arrow(metric)}"
 
 
 def lines(compared: Comparison, metric: str) -> list[Line]:
     """Return each run's values; the best after is marked where the runs are comparable."""
     after = [run.report.after[metric].mean for run in compared.runs if _has(run, metric)]
-    best = (min if METRICS[metric].better == "lower" else max)(after)
+    best = (min if metrics()[metric].better == "lower" else max)(after)
     may_mark = not compared.warnings and len(after) > 1
     return [
         Line(

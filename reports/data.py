@@ -16,9 +16,8 @@ from typing import NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from core.errors import UserError
-from eval.likeness import Drift, Nearness
-from eval.measuring import METRICS
-from eval.metrics import MetricResult
+from eval.metrics.registry import MetricResult, metrics
+from eval.nearest import Drift, Nearness
 from eval.provenance import Environment, ExtractorName, ReferenceName
 
 SCHEMA_VERSION = 2
@@ -53,7 +52,7 @@ class CurvePoint(NamedTuple):
 class Curve:
     """A metric over images seen."""
 
-    metric: str = "fid"
+    metric: str = ""
     points: tuple[CurvePoint, ...] = ()
     images: int | None = None
     """Generated images of each point."""
@@ -65,7 +64,7 @@ class Report:
 
     name: str
     before: Mapping[str, MetricResult]
-    """Metric -> result, such as fid; the names are those of measuring.METRICS."""
+    """Metric -> result, such as fid; the names are those of eval.metrics."""
     after: Mapping[str, MetricResult]
     """The same metrics on the same seeds."""
     images: int
@@ -140,7 +139,7 @@ def to_json(report: Report) -> dict[str, object]:
 
 def _about(metric: str) -> dict[str, str]:
     """Return what a program needs to know of a metric."""
-    about = METRICS[metric]
+    about = metrics()[metric]
     return {"title": about.title, "better": about.better}
 
 

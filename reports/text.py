@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from eval.display import change, metric_title, number, shown, unit
-from eval.measuring import METRICS
+from eval.display import arrow, change, metric_title, number, shown, unit
+from eval.metrics.registry import metrics
 from eval.provenance import ExtractorName
 from reports._warnings import warnings
 from reports.data import CurvePoint, File, Report, SampleScore
-
-_ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 class Row(NamedTuple):
@@ -29,7 +27,7 @@ def rows(report: Report) -> list[Row]:
     teacher = report.teacher_samples.metrics if report.teacher_samples else {}
     return [
         Row(
-            METRICS[name].label + unit(name) + f" {_ARROWS[METRICS[name].better]}",
+            metrics()[name].label + unit(name) + f" {arrow(name)}",
             shown(name, report.before[name]),
             shown(name, report.after[name]),
             change(report.before[name], report.after[name]),
@@ -99,7 +97,7 @@ def levels(report: Report) -> dict[str, float]:
     scores = {"teacher": report.teacher_samples, "real images": report.real_halves}
     metric = report.curve.metric
     return {
-        name: score.metrics[metric] * METRICS[metric].times
+        name: score.metrics[metric] * metrics()[metric].scale
         for name, score in scores.items()
         if score is not None and metric in score.metrics
     }
@@ -107,7 +105,7 @@ def levels(report: Report) -> dict[str, float]:
 
 def shown_points(report: Report) -> list[CurvePoint]:
     """Return the curve's points with their values as shown."""
-    times = METRICS[report.curve.metric].times
+    times = metrics()[report.curve.metric].scale
     return [CurvePoint(seen, value * times) for seen, value in report.curve.points]
 
 
@@ -185,7 +183,7 @@ def _score(score: SampleScore | None) -> str:
         return "not measured"
     count = "an unknown number of" if score.images is None else f"{score.images:,}"
     values = ", ".join(
-        f"{METRICS[name].label} {number(name, value)}{unit(name).replace(',', '')}"
+        f"{metrics()[name].label} {number(name, value)}{unit(name).replace(',', '')}"
         for name, value in score.metrics.items()
     )
     return f"{values} of {count} images"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.disk import atomic_write
 from eval.display import metric_title
-from eval.measuring import METRICS
+from eval.metrics.registry import metrics
 from eval.samples import Neighbours, Pairs
 from reports import _comparison, _page
 from reports._warnings import warnings
@@ -50,7 +50,7 @@ def markdown(report: Report, *, pictures: list[str]) -> str:
     """Return report.md; pictures: file names beside it."""
     captions = {
         "report.png": "Pairs from the same latents, before above after",
-        "curve.png": f"{METRICS[report.curve.metric].label} while training",
+        "curve.png": f"{metrics()[report.curve.metric].label} while training",
     }
     parts = [f"# {report.name}", f"**{headline(report)}**", _markdown_table(report)]
     parts += ["\n".join(f"> **Note.** {warning}  " for warning in warnings(report))]

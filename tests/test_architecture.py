@@ -135,7 +135,7 @@ def test_imports_point_only_downwards() -> None:
         ("training.trainer", "reports.data"),
         ("objectives.diff_instruct", "teachers.edm"),
         ("reports.data", "training.state"),
-        ("eval.suite", "reports.data"),
+        ("eval.evaluator", "reports.data"),
         ("eval.__main__", "training.state"),
         ("generators.stylegan2", "teachers.edm"),
         ("training.trainer", "tests.test_loop"),

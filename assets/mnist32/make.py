@@ -29,7 +29,9 @@ from assets.mnist32 import adversarial
 from core.disk import atomic_write
 from core.distributed import World
 from data.images import Images
-from eval import edm_sampler, features, measuring, reference, suite
+from eval import edm_sampler, features, reference
+from eval.evaluator import Config, Evaluator
+from eval.metrics import registry
 from eval.samples import images_of_seeds
 from generators import stylegan2
 from pretrained import networks
@@ -77,7 +79,7 @@ def make_features(source: Path, epochs: int) -> None:
 def make_reference(source: Path) -> None:
     """Measure the real digits, and one half of them against the other: the floor."""
     found = Images(source)
-    made = reference.measure(found, features.load("mnist32"), keep=measuring.Config())
+    made = reference.measure(found, features.load("mnist32"), keep=registry.Config())
     reference.save_npz(HERE / "reference.npz", made)
     half = len(found) // 2
     click.echo(f"FID of {half} real digits against {half} others: {made.halves_fid:.3f}")
@@ -102,19 +104,19 @@ def make_student(source: Path, digits: int, kimg: float, every_kimg: float) -> N
 @click.option("--images", default=10_000, show_default=True, help="How many.")
 def make_teacher_samples(images: int) -> None:
     """Sample the teacher with its 18 steps, and keep the statistics, for the reports."""
-    measures = _suite(("fid", "kid", "precision", "recall"), batch_size=100)
+    measures = _evaluator("fid", "kid", "precision", "recall", images=images)
     teacher = cast(nn.Module, teachers.load(HERE / "teacher.safetensors"))
     images_of = images_of_seeds(
         teacher, partial(edm_sampler.sample, config=edm_sampler.Config()), device="cpu"
     )
     kept = reference.of_samples(
-        measures.collected(images_of, range(images)),
+        measures.feature_stats(images_of, range(images)),
         source="the embedded teacher",
         extractor=measures.extractor,
         shape=IMAGE,
     )
     reference.save_npz(HERE / "teacher-samples.npz", kept)
-    click.echo(f"{images} samples of the teacher: {json.dumps(measures.of_stored(kept))}")
+    click.echo(f"{images} samples of the teacher: {json.dumps(measures.evaluate_stored(kept))}")
 
 
 Steps = Iterator[tuple[int, nn.Module, dict[str, float]]]
@@ -142,23 +144,27 @@ def _keep_best(
 
 def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
     """Return a function from a student to its FID on images of the first seeds."""
-    measures = _suite(("fid",), batch_size=100)
+    measures = _evaluator("fid", images=count)
 
     def fid(student: nn.Module) -> float:
         images_of = images_of_seeds(student, device="cpu")
-        return measures.over_seeds(images_of, images=count)["fid"].mean
+        return measures.evaluate(images_of)["fid"].mean
 
     return fid
 
 
-def _suite(metrics: tuple[str, ...], *, batch_size: int) -> suite.Suite:
-    """Return these metrics against the real digits."""
-    extractor = features.load("mnist32")
-    world = World.single(extractor.device)
-    real = reference.read_npz(HERE / "reference.npz", extractor)
-    definitions = measuring.Config()
-    requests = measuring.parse(metrics)
-    return suite.Suite(requests, definitions, extractor, real, None, batch_size, world)
+def _evaluator(*metrics: str, images: int) -> Evaluator:
+    """Return an evaluator of these metrics against the real digits."""
+    config = Config(metrics=metrics, extractor="mnist32", images=images, batch_size=100)
+    extractor = features.load(config.extractor)
+    return Evaluator(
+        config=config,
+        requests=registry.parse(metrics),
+        extractor=extractor,
+        distance=None,
+        world=World.single(extractor.device),
+        real=reference.read_npz(HERE / "reference.npz", extractor),
+    )
 
 
 def _write_json(path: Path, content: object) -> None:

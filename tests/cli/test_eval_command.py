@@ -18,7 +18,8 @@ from PIL import Image
 
 from eval import edm_sampler, features, reference, samples
 from eval.__main__ import main
-from eval.metrics import FeatureStatistics, frechet_distance
+from eval.feature_stats import FeatureStatistics
+from eval.metrics.frechet import frechet_distance
 from generators import stylegan2
 from pretrained import networks
 from repository import ROOT

@@ -20,7 +20,7 @@ from core.distributed import World
 from core.run_folder import RunFolder
 from core.run_log import Evaluation, ImageComparison
 from eval import samples
-from eval.suite import Suite
+from eval.evaluator import Evaluator
 from refinement.components import load_parts, with_teacher_samples
 from refinement.recipe import read_recipe
 from reports import figures
@@ -112,10 +112,9 @@ def test_the_refined_weights_measure_as_the_report_says(finished: Finished) -> N
     recipe = read_recipe(finished.recipe)
     parts = load_parts(recipe, ALONE)
     parts = with_teacher_samples(parts, recipe.evaluation, finished.folder, ALONE)
-    assert parts.suite is not None
+    assert parts.evaluator is not None
     images_of = parts.images_of(generators.load(finished.folder.student))
-    settings = recipe.evaluation
-    found = parts.suite.over_seeds(images_of, images=settings.images, seeds=settings.seeds)
+    found = parts.evaluator.evaluate(images_of)
     document = json.loads((finished.folder.report / "report.json").read_text())
     assert list(found["fid"].values) == pytest.approx(document["after"]["fid"]["values"], rel=1e-6)
 
@@ -235,8 +234,8 @@ def test_a_finished_run_is_only_reported_again(
     """--resume and --report change no byte beside the report, measure nothing, and remake it."""
     before = contents(copied.path)
     shutil.rmtree(copied.report)
-    monkeypatch.setattr(Suite, "over_seeds", _not_again)
-    monkeypatch.setattr(Suite, "features", _not_again)
+    monkeypatch.setattr(Evaluator, "evaluate", _not_again)
+    monkeypatch.setattr(Evaluator, "features", _not_again)
     outcome = call(option, copied.path)
     after = contents(copied.path)
     assert outcome.code == 0, outcome.stderr

@@ -23,7 +23,7 @@ from cli_runs import call, contents, tiny_recipe
 from core.run_folder import RunFolder
 from core.run_log import Evaluation, ImageComparison, Row, Session
 from eval import features
-from eval.suite import Suite
+from eval.evaluator import Evaluator
 from refinement import signals
 from repository import ROOT
 from training import checkpoint
@@ -51,20 +51,20 @@ It comes twice, as Ctrl-C does under torchrun: from the terminal and from torchr
 
 MEASURING = """
 import os, sys, refine
-from eval.suite import Suite
-number, over_seeds, measurements = int(sys.argv.pop(1)), Suite.over_seeds, []
-def over_seeds_with_a_signal(self, images_of, **options):
-    measurements.append(options)
+from eval.evaluator import Evaluator
+number, evaluate_quick, evaluations = int(sys.argv.pop(1)), Evaluator.evaluate_quick, []
+def evaluate_with_a_signal(self, images_of, *, stop_requested=lambda: False):
+    evaluations.append(self)
     def signalling(seeds):
-        assert not self.stop_requested(), "no batch is begun after the signal"
-        if len(measurements) == 3 and 50 in seeds:
+        assert not stop_requested(), "no batch is begun after the signal"
+        if len(evaluations) == 2 and 50 in seeds:
             os.kill(os.getpid(), number)
         return images_of(seeds)
-    return over_seeds(self, signalling, **options)
-Suite.over_seeds = over_seeds_with_a_signal
+    return evaluate_quick(self, signalling, stop_requested=stop_requested)
+Evaluator.evaluate_quick = evaluate_with_a_signal
 refine.main(sys.argv[1:], prog_name="refine.py")
 """
-"""The command, sent a signal in the midst of its third measurement: the first after training."""
+"""The command, sent a signal in its second evaluation while training: the first after a step."""
 
 TIMED = """
 import runpy, sys, time
@@ -199,8 +199,8 @@ def test_a_signal_while_measuring_does_not_wait_for_its_end(
     ("module", "name", "begun"),
     [
         (features, "load", False),
-        (Suite, "collected", True),
-        (Suite, "over_seeds", True),
+        (Evaluator, "feature_stats", True),
+        (Evaluator, "evaluate", True),
     ],
     ids=["loading", "sampling the teacher", "measuring before"],
 )
@@ -296,7 +296,7 @@ def test_a_run_stopped_before_training_goes_on(
     recipe: Path, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that got no further than its recipe is resumed from the start."""
-    monkeypatch.setattr(Suite, "over_seeds", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     call("--gan", recipe, "--outdir", tmp_path)
     monkeypatch.undo()
     folder = RunFolder(tmp_path / "00000-tiny")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from core.distributed import World, shard
 from core.errors import UserError
 from data.images import Images
-from eval import features, measuring
-from eval.collecting import Collected, Collector, merged_over_ranks
-from eval.measuring import METRICS, Config, Request, measure, parse
+from eval import evaluator, features
+from eval.feature_stats import Collected, Collector, merged_over_ranks
+from eval.metrics import registry
+from eval.metrics.registry import Config, Request, evaluate, metrics, parse
 
 CPU = torch.device("cpu")
 SMALL = Config(kid_subsets=10, kid_subset_size=20)
@@ -34,6 +36,10 @@ class Reference:
     covariance: Tensor
     images: int | None = None
     features: Tensor | None = None
+
+
+def _collector(requests: Sequence[Request], **options: object) -> Collector:
+    return evaluator.new_collector(registry.needs(requests), SMALL, **options)
 
 
 def _random_inception(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -66,7 +72,9 @@ def _folder(path: Path, *, seed: int, count: int = 60) -> Path:
 
 def _collected(folder: Path, extractor: features.Extractor, batch_size: int) -> Collected:
     images = Images(folder)
-    taken = measuring.collector(ALL, SMALL, images=len(images), head=extractor.head)
+    taken = evaluator.new_collector(
+        registry.needs(ALL), SMALL, images=len(images), head=extractor.head
+    )
     for batch in DataLoader(images, batch_size=batch_size):
         taken.add(extractor(batch))
     return taken.collected
@@ -104,7 +112,7 @@ def test_all_metrics_are_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.Mon
         **dict.fromkeys(("cuda", "cache", "verbose"), False),
     )
     extractor = features.load(f"inception:{weights}")
-    found = measure(
+    found = evaluate(
         ALL, _collected(made, extractor, 30), _collected(real, extractor, 30), config=SMALL
     )
     assert found == pytest.approx(
@@ -127,7 +135,9 @@ def _features(count: int, seed: int) -> Tensor:
 def _taken(made: Tensor, *, world: World | None = None) -> Collected:
     """Return what is kept of features, taken in batches of 7; with a world, of a rank's share."""
     share = range(len(made)) if world is None else shard(len(made), world)
-    taken = measuring.collector(ALL, SMALL, images=len(made), head=_head, first=share.start)
+    taken = evaluator.new_collector(
+        registry.needs(ALL), SMALL, images=len(made), head=_head, first=share.start
+    )
     for batch in made[share.start : share.stop].split(7):
         taken.add(batch)
     return taken.collected
@@ -140,7 +150,7 @@ def _head(features: Tensor) -> Tensor:
 def test_metrics_do_not_depend_on_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks with shares of 61 images, put together, measure what one rank measures."""
     made, real = _features(61, 1), _taken(_features(50, 2) + 0.5)
-    alone = measure(ALL, _taken(made), real, config=SMALL)
+    alone = evaluate(ALL, _taken(made), real, config=SMALL)
     worlds = [World(rank, 3, rank, CPU) for rank in range(3)]
     parts = [_taken(made, world=world) for world in worlds]
     given: list[list[Tensor]] = [[], [], []]
@@ -150,16 +160,16 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(monkeypatch: pytest.Monkey
             given[rank].append(tensor)
             return tensor.repeat(3, *[1] * (tensor.ndim - 1))
 
-        monkeypatch.setattr("eval.collecting.gather_rows", gather)
+        monkeypatch.setattr("eval.feature_stats.gather_rows", gather)
         merged_over_ranks(parts[rank], worlds[rank])
 
     for rank in range(3):
         recorded(rank)
     rows = iter([torch.cat(tensors) for tensors in zip(*given, strict=True)])
-    monkeypatch.setattr("eval.collecting.gather_rows", lambda tensor, world: next(rows))
+    monkeypatch.setattr("eval.feature_stats.gather_rows", lambda tensor, world: next(rows))
     merged = merged_over_ranks(parts[1], worlds[1])
     assert merged.images == 61
-    assert measure(ALL, merged, real, config=SMALL) == pytest.approx(alone, rel=1e-9)
+    assert evaluate(ALL, merged, real, config=SMALL) == pytest.approx(alone, rel=1e-9)
 
 
 def test_only_so_many_features_are_kept_the_same_on_any_rank() -> None:
@@ -180,10 +190,12 @@ def test_only_so_many_features_are_kept_the_same_on_any_rank() -> None:
 
 def test_nothing_is_kept_that_no_metric_asks_for() -> None:
     """FID and Inception Score alone keep no features, and KID alone no covariance."""
-    streaming = measuring.collector(parse(["fid", "is"]), SMALL, images=30, head=_head)
+    streaming = evaluator.new_collector(
+        registry.needs(parse(["fid", "is"])), SMALL, images=30, head=_head
+    )
     streaming.add(_features(30, 1))
     assert streaming.collected.features is None and streaming.collected.classes is not None
-    kept = measuring.collector(parse(["kid"]), SMALL, images=30)
+    kept = _collector(parse(["kid"]), images=30)
     kept.add(_features(30, 1))
     assert kept.collected.statistics is None and kept.collected.classes is None
 
@@ -213,7 +225,7 @@ def test_features_that_are_not_finite_name_their_image() -> None:
 def test_published_names_are_understood(name: str, expected: Request) -> None:
     """StyleGAN's names say which metric, of how many images, against how many real ones."""
     assert parse([name]) == (expected,)
-    assert set(expected.metrics) <= METRICS.keys()
+    assert set(expected.metrics) <= metrics().keys()
 
 
 @pytest.mark.parametrize("name", ["fid0k", "fid50", "is50k_full", "pr50k", "kid50k3", "FID", ""])
@@ -234,7 +246,7 @@ def test_all_that_is_missing_is_said_at_once() -> None:
     published = Reference(torch.zeros(6), torch.eye(6), images=None)
     requests = parse(["kid", "is", "precision"])
     with pytest.raises(UserError) as caught:
-        measuring.check(requests, images=9, real=published, can_classify=False, config=Config())
+        registry.check(requests, images=9, real=published, can_classify=False, config=Config())
     assert str(caught.value).split("; ") == [
         "kid needs at least 1,000 generated images, got 9",
         "kid needs the features of real images, and the reference holds only their mean and "
@@ -251,18 +263,18 @@ def test_counts_that_a_name_promises_are_held_to() -> None:
     real = _taken(_features(10, 2))
     check = dict(can_classify=True, config=Config())
     with pytest.raises(UserError, match=r"fid50k_full is of 50,000 generated images, these are 9"):
-        measuring.check(parse(["fid50k_full"]), images=9, real=real, **check)
+        registry.check(parse(["fid50k_full"]), images=9, real=real, **check)
     many = Reference(torch.zeros(6), torch.eye(6), images=70_000)
     with pytest.raises(UserError, match=r"50,000 real images at most.*70,000: ask for fid50k_full"):
-        measuring.check(parse(["fid50k"]), images=50_000, real=many, **check)
+        registry.check(parse(["fid50k"]), images=50_000, real=many, **check)
     few = Reference(torch.zeros(6), torch.eye(6), images=3, features=_features(3, 1))
     with pytest.raises(UserError, match="recall needs at least 4 real images, got 3"):
-        measuring.check(parse(["recall"]), images=50, real=few, **check)
+        registry.check(parse(["recall"]), images=50, real=few, **check)
 
 
 def test_a_published_reference_gives_the_distance_alone() -> None:
     """FID and Inception Score need no features of real images."""
     made = _taken(_features(40, 1))
     published = Reference(torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64))
-    found = measure(parse(["fid", "is"]), made, published, config=SMALL)
+    found = evaluate(parse(["fid", "is"]), made, published, config=SMALL)
     assert list(found) == ["fid", "inception_score"]

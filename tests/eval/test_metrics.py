@@ -16,15 +16,12 @@ from torch_fidelity.metric_isc import (
     isc_features_to_metric,
 )
 
-from eval.metrics import (
-    ClassStatistics,
-    FeatureStatistics,
-    MetricResult,
-    PrecisionRecall,
-    frechet_distance,
-    kernel_distance,
-    precision_and_recall,
-)
+from eval.feature_stats import ClassStatistics, FeatureStatistics
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.inception_score import inception_score
+from eval.metrics.kernel import kernel_distance
+from eval.metrics.precision_recall import PrecisionRecall, precision_and_recall
+from eval.metrics.registry import MetricResult
 
 
 def _features(count: int, dimensions: int, seed: int, *, scale: float = 1.0) -> torch.Tensor:
@@ -184,7 +181,7 @@ def test_distances_are_held_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(len(first) * len(second))
         return cdist(first, second)
 
-    monkeypatch.setattr("eval.metrics._STRIP", 7)
+    monkeypatch.setattr("eval.metrics.precision_recall._STRIP", 7)
     monkeypatch.setattr(torch, "cdist", recorded)
     assert precision_and_recall(made, real) == whole
     assert 0.2 < whole.precision < 1
@@ -214,7 +211,7 @@ def test_inception_score_streams_to_torch_fidelitys() -> None:
         _seen(logits[:100], batch_size=30, first=0, images=173),
         _seen(logits[100:], batch_size=17, first=100, images=173),
     )
-    found = parts[0].merge(parts[1]).score
+    found = inception_score(parts[0].merge(parts[1]))
     assert found.mean == pytest.approx(expected[KEY_METRIC_ISC_MEAN], rel=1e-12)
     assert found.std == pytest.approx(expected[KEY_METRIC_ISC_STD], rel=1e-9)
 
@@ -224,12 +221,12 @@ def test_inception_score_of_certain_and_even_classes_is_their_number() -> None:
     logits = 1000 * torch.eye(7).repeat(5, 1)
     statistics = ClassStatistics.empty(7, images=35, splits=1)
     statistics.update(logits, first=0)
-    assert statistics.score.mean == pytest.approx(7, rel=1e-12)
+    assert inception_score(statistics).mean == pytest.approx(7, rel=1e-12)
 
 
 def test_a_score_of_half_the_images_is_refused() -> None:
     """Splits are those of the whole set: a part of it has no score."""
     with pytest.raises(ValueError, match="20 images were seen of a set of 40"):
-        _ = _seen(torch.zeros(20, 3), batch_size=20, first=0, images=40).score
+        inception_score(_seen(torch.zeros(20, 3), batch_size=20, first=0, images=40))
     with pytest.raises(ValueError, match="at least 10 images, got 9"):
         ClassStatistics.empty(3, images=9)

@@ -13,8 +13,8 @@ from torchvision.models import vgg
 
 from core.distributed import World
 from core.errors import UserError
-from eval import _lpips, path_length
-from eval.path_length import WALKS, Distance, great_circle, perceptual_path_length
+from eval.metrics import _lpips, path_length
+from eval.metrics.path_length import WALKS, Distance, great_circle, perceptual_path_length
 from generators import stylegan2
 
 CPU = torch.device("cpu")

@@ -15,9 +15,8 @@ import torch
 
 from core.errors import UserError
 from eval import features
-from eval.collecting import kept_indices
-from eval.measuring import Config
-from eval.metrics import FeatureStatistics
+from eval.feature_stats import FeatureStatistics, kept_indices
+from eval.metrics.registry import Config
 from eval.reference import image_set, is_image_set, reference_statistics
 
 INCEPTION = replace(features.load("pixels"), name="inception", dimensions=6)

@@ -13,10 +13,10 @@ from PIL import Image
 from core.distributed import World
 from core.errors import UserError
 from eval import features
-from eval.collecting import kept_indices
+from eval.feature_stats import FeatureStatistics, kept_indices
 from eval.features import Extractor
-from eval.measuring import Config
-from eval.metrics import FeatureStatistics, frechet_distance
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.registry import Config
 from eval.reference import Reference, read_npz, reference_statistics, save_npz
 from rank_runs import run_as_ranks
 

@@ -13,7 +13,7 @@ from cli_runs import call, tiny_recipe
 from core.run_log import Best, Divergence, EarlyStop, Evaluation, Rollback, Stats
 from data.images import Images
 from eval.features import load
-from eval.measuring import Config
+from eval.metrics.registry import Config
 from eval.reference import measure, save_npz
 from refinement import build_report
 

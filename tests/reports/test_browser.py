@@ -15,7 +15,7 @@ import torch
 import browser
 import tiny_reports
 from browser import Browser
-from eval.metrics import MetricResult
+from eval.metrics.registry import MetricResult
 from eval.samples import Pairs
 from reports import compare, write
 from reports.data import (

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from core.errors import UserError
-from eval.metrics import MetricResult
+from eval.metrics.registry import MetricResult
 from reports import compare, write
 from reports.__main__ import main
 from reports.compare import Comparison

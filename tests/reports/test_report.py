@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from eval.likeness import Drift
-from eval.metrics import MetricResult
+from eval.metrics.registry import MetricResult
+from eval.nearest import Drift
 from eval.samples import Neighbours, Pairs
 from reports import data as reports
 from reports import text, write

@@ -1,7 +1,7 @@
 """The report of a run that reached much of its teacher."""
 
-from eval.likeness import Drift, Near, Nearness
-from eval.metrics import MetricResult
+from eval.metrics.registry import MetricResult
+from eval.nearest import Drift, Near, Nearness
 from reports.data import (
     Curve,
     CurvePoint,

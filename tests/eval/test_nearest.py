@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.likeness import Near, drift, nearness
+from eval.nearest import Near, drift, nearness
 
 
 def _features(count: int, seed: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_strips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Distances that are held in strips of 7 images give the same."""
     real, made = _features(40, 1), _features(30, 2)
     whole = nearness(made, real), drift(made, made + 0.3)
-    monkeypatch.setattr("eval.likeness._STRIP", 7)
+    monkeypatch.setattr("eval.nearest._STRIP", 7)
     found = nearness(made, real), drift(made, made + 0.3)
     assert found[0].real_distance == pytest.approx(whole[0].real_distance, rel=1e-6)
     assert [n.image for n in found[0].nearest] == [n.image for n in whole[0].nearest]

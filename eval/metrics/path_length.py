@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from core.distributed import World, gather_rows, shard
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
-from eval import _lpips, _published, features
+from eval import _published, features
+from eval.metrics import _lpips
+from eval.metrics.registry import Metric
 
 _LPIPS = _published.Source(
     "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
@@ -225,3 +227,19 @@ def _looked_at(images: Tensor, walk: Walk) -> Tensor:
         eighth = side // 8
         images = images[:, :, 3 * eighth : 7 * eighth, 2 * eighth : 6 * eighth]
     return F.avg_pool2d(images, side // _LARGEST) if side >= 2 * _LARGEST else images
+
+
+PPL = Metric(
+    name="ppl",
+    label="PPL",
+    title="Perceptual Path Length",
+    better="lower",
+    needs="student",
+    published_features="lpips",
+    compute=None,
+    least_images=lambda config: 1,
+    position=5,
+    compares=False,
+    published_names=tuple(name for name in WALKS if name != "ppl"),
+)
+METRICS = (PPL,)

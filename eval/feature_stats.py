@@ -1,15 +1,17 @@
-"""What is kept of images' features while they come in batches, on one rank or many.
+"""Statistics of a set of images' features, collected in batches, on one rank or many.
 
-moments    count, mean and scatter matrix: 34 MB where there are 2048 features
-classes    sums of class probabilities, a row for each split: 80 KB where there are 1008
+moments    count, mean and scatter matrix: 34 MB at 2048 features
+classes    sums of class probabilities, a row for each split: 80 KB at 1008 classes
 features   the features themselves: 8 KB an image, 410 MB for 50,000, on the CPU
+
+Sums are float64, by formulas that let ranks collect apart and merge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,17 +19,131 @@ from torch import Tensor
 
 from core.distributed import World, gather_rows
 from core.errors import UserError
-from eval.metrics import ClassStatistics, FeatureStatistics
 
 Need = Literal["moments", "features", "classes", "student"]
-"""What a metric is made of; student: walks in its latents, of which nothing is collected here."""
+"""Statistics that a metric needs; student: none, but the network itself."""
 Head = Callable[[Tensor], Tensor]
 """Features [N, D] to the logits of classes [N, K]."""
 
 
+class Moments(Protocol):
+    """Anything with a mean and a covariance: our own statistics, or published ones."""
+
+    @property
+    def mean(self) -> Tensor:
+        """[D] float64."""
+        ...
+
+    @property
+    def covariance(self) -> Tensor:
+        """[D, D] float64, normalised by count - 1."""
+        ...
+
+
+@dataclass
+class FeatureStatistics:
+    """Count, mean and scatter of the features seen so far; `update` adds a batch in place."""
+
+    count: int
+    mean: Tensor
+    """[D] float64."""
+    scatter: Tensor
+    """[D, D] float64: the sum of (x - mean)(x - mean)^T."""
+
+    @classmethod
+    def empty(cls, dimensions: int, *, device: torch.device | str = "cpu") -> FeatureStatistics:
+        """Return the statistics of no features at all, the neutral element of `merge`."""
+        zeros = torch.zeros(dimensions, dimensions + 1, dtype=torch.float64, device=device)
+        return cls(0, zeros[:, 0].clone(), zeros[:, 1:].clone())
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStatistics:
+        """Return the statistics of features [N, D], N >= 1, of any float dtype, on their device."""
+        if features.ndim != 2 or len(features) == 0:
+            raise ValueError(f"features must be [N, D] with N >= 1, got {tuple(features.shape)}")
+        features = features.detach().to(torch.float64)
+        mean = features.mean(0)
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred)
+
+    def update(self, features: Tensor) -> None:
+        """Add features [N, D] in place."""
+        merged = self.merge(FeatureStatistics.of(features.to(self.mean.device)))
+        self.count, self.mean, self.scatter = merged.count, merged.mean, merged.scatter
+
+    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
+        """Return the statistics of both sets of features together (Chan et al. 1979, Eq. 2.1)."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"cannot merge {len(self.mean)} with {len(other.mean)} dimensions")
+        count = self.count + other.count
+        share = other.count / max(count, 1)
+        step = other.mean - self.mean
+        scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * share)
+        return FeatureStatistics(count, self.mean + step * share, scatter)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Return the unbiased covariance [D, D]; two features at least are needed."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+@dataclass
+class ClassStatistics:
+    """Sums over the class probabilities p of the images seen so far, a row for each split.
+
+    The Inception Score of a split, exp E KL(p || E p), is exp(E sum p ln p - sum q ln q) with
+    q = E p, so these sums are all that it needs (Salimans et al., NeurIPS 2016, Section 4).
+    """
+
+    split_of: Tensor
+    """[images] int64: the split of each image of the whole set."""
+    counts: Tensor
+    """[splits] float64: images seen."""
+    negentropy: Tensor
+    """[splits] float64: the sum of p ln p."""
+    probabilities: Tensor
+    """[splits, K] float64: the sum of p."""
+
+    @classmethod
+    def empty(
+        cls, classes: int, *, images: int, splits: int = 10, seed: int = 2020
+    ) -> ClassStatistics:
+        """Return the statistics of a set of which no image was seen yet.
+
+        Images are dealt to splits as torch-fidelity does: shuffled, then cut.
+        """
+        if images < splits:
+            raise ValueError(f"{splits} splits need at least {splits} images, got {images}")
+        ends = np.arange(1, splits + 1) * images // splits
+        split_of = np.empty(images, dtype=np.int64)
+        shuffled = np.random.RandomState(seed).permutation(images)
+        split_of[shuffled] = np.searchsorted(ends, np.arange(images), side="right")
+        zeros = torch.zeros(splits, classes, dtype=torch.float64)
+        return cls(torch.from_numpy(split_of), zeros[:, 0].clone(), zeros[:, 0].clone(), zeros)
+
+    def update(self, logits: Tensor, *, first: int) -> None:
+        """Add in place logits [N, K], those of the images `first` and following."""
+        logs = logits.detach().to("cpu", torch.float64).log_softmax(1)
+        splits = self.split_of[first : first + len(logs)]
+        self.counts.index_add_(0, splits, torch.ones(len(logs), dtype=torch.float64))
+        self.negentropy.index_add_(0, splits, (logs.exp() * logs).sum(1))
+        self.probabilities.index_add_(0, splits, logs.exp())
+
+    def merge(self, other: ClassStatistics) -> ClassStatistics:
+        """Return the statistics of two parts of one set together."""
+        return ClassStatistics(
+            self.split_of,
+            self.counts + other.counts,
+            self.negentropy + other.negentropy,
+            self.probabilities + other.probabilities,
+        )
+
+
 @dataclass
 class Collected:
-    """What was kept of the features of a set of images, or of one rank's part of it."""
+    """Statistics of a set of images, or of one rank's part of it."""
 
     images: int
     """How many were seen."""
