@@ -1,7 +1,5 @@
-"""The one exception that stands for bad input: refine.py prints it in a sentence and exits with
-code 2.
-"""
+"""The exception for bad input: commands print it as one sentence and exit with code 2."""
 
 
 class UserError(Exception):
-    """Bad input from outside: what came, what was expected, what to do. Never a bug of ours."""
+    """Bad input: the value, the expected values and the fix. Never a bug of ours."""

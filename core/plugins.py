@@ -1,7 +1,7 @@
-"""A name in a recipe -> the module behind it: one file of generators/, teachers/ or objectives/.
+"""Plug-ins by name: modules of generators/, teachers/ and objectives/.
 
-A plug-in is a public module with a class `Config` and a function `build`; nothing registers it. The
-files are looked at, not imported, so that listing the names costs nothing.
+A plug-in is a public module with a class `Config` and a function `build`, without registration.
+Names are listed from the syntax trees of the files, without importing them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from core.errors import UserError
 
 def names(folder: str) -> list[str]:
     """Return the names of a folder's plug-ins, sorted."""
-    found = importlib.util.find_spec(folder)
-    assert found is not None and found.submodule_search_locations, folder
-    files = [
-        file for place in found.submodule_search_locations for file in Path(place).glob("*.py")
-    ]
+    spec = importlib.util.find_spec(folder)
+    assert spec is not None and spec.submodule_search_locations, folder
+    files = [file for path in spec.submodule_search_locations for file in Path(path).glob("*.py")]
     return sorted({file.stem for file in files if file.name[0] != "_" and _is_plugin(file)})
 
 
 def load(folder: str, name: str) -> ModuleType:
-    """Return the module of a folder's plug-in. Raises UserError listing them if it has no such."""
+    """Return a plug-in's module. Raises UserError that lists the folder's plug-ins."""
     known = names(folder)
     if name not in known:
         near = did_you_mean(name, known)

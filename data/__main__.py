@@ -1,4 +1,4 @@
-"""`python -m data prepare SOURCE OUT.zip`: any images into the zip that the other programs read."""
+"""`python -m data prepare SOURCE OUT.zip`: conversion of images to the layout of StyleGAN."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tqdm import tqdm
 from core.cli import one_sentence
 from core.errors import UserError
 from data import prepare as preparation
-from data.prepare import Options, Size, Summary, listed
+from data.prepare import Options, Size, Summary, broken_lines
 
 _LINE_EVERY_SECONDS = 15.0
-_WHAT_MANY_NETWORKS_TAKE = (
+_POWER_OF_TWO_HINT = (
     "StyleGAN's and EDM's networks take squares whose side is a power of two (32, 64, 128, …); "
     "for them, give such a --resolution"
 )
@@ -138,16 +138,21 @@ def prepare(
     The same images and options give the same file, byte for byte. Images in it are not compressed:
     50,000 of 32x32 in RGB take 166 MB, one of 256x256 takes 0.2 MB.
     """
+    # check the options
     if flat_labels and no_labels:
         raise UserError("--flat-labels and --no-labels exclude each other: give one of them")
     if crop != "none" and resolution is None:
         raise UserError(f"--crop {crop} needs the shape to crop to: give --resolution too")
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"SOURCE and OUT are both {out}: write to another file")
+
+    # read the source
     labelling = "none" if no_labels else "flat" if flat_labels else "folders"
     opened = preparation.open_source(source, labelling=labelling, split=split)
     for remark in opened.remarks:
         click.echo(f"{source}: {remark}", err=True)
+
+    # write the zip
     summary = preparation.prepare(
         opened,
         out,
@@ -161,20 +166,20 @@ def prepare(
 
 
 def _report(summary: Summary, out: Path) -> list[str]:
-    """Return what was written, then what the user should know of it."""
+    """Return the lines of the result: changes, omitted pictures, hints and the file."""
     width, height = summary.size
     kind = "grey" if summary.channels == 1 else "RGB"
     lines = [f"{change}: {_images(count)}" for change, count in summary.changes.items()]
     if summary.left_out:
-        lines += [f"left out: {_images(len(summary.left_out))}", *listed(summary.left_out)]
+        lines += [f"left out: {_images(len(summary.left_out))}", *broken_lines(summary.left_out)]
     if width != height or width & (width - 1):
-        lines.append(f"{width}x{height}: {_WHAT_MANY_NETWORKS_TAKE}")
+        lines.append(f"{width}x{height}: {_POWER_OF_TWO_HINT}")
     written = f"wrote {out}: {_images(summary.images)}, {width}x{height} {kind}"
     return [*lines, f"{written}, {_classes(summary)}, {out.stat().st_size / 1e6:,.1f} MB"]
 
 
 def _classes(summary: Summary) -> str:
-    """Return how many classes there are, and how even."""
+    """Return the number of classes and the range of their sizes."""
     if summary.labels is None:
         return "no labels"
     counts = Counter(summary.labels)
@@ -188,7 +193,7 @@ def _images(count: int) -> str:
 
 
 def _progress(indices: Iterable[int], total: int) -> Iterable[int]:
-    """Yield the indices; show a bar on a terminal, elsewhere a plain line once in a while."""
+    """Yield the indices; show a progress bar on a terminal, else a plain line every 15 seconds."""
     if sys.stderr.isatty():
         yield from tqdm(indices, total=total, unit=" images", dynamic_ncols=True)
         return
