@@ -69,12 +69,12 @@ class End:
         return cls(rank, socket.gethostname(), "failed", code, text[:_LONGEST_TEXT])
 
     def __str__(self) -> str:
-        what = {
+        reasons = {
             "lost": "is gone without a word: killed, perhaps for want of memory",
             "failed": f"failed: {self.text}",
             "left": f"was stopped (exit code {self.code})",
         }
-        return f"rank {self.rank} on {self.host} {what[self.kind]}"
+        return f"rank {self.rank} on {self.host} {reasons[self.kind]}"
 
 
 @contextmanager
@@ -82,24 +82,24 @@ def ending_together(store: Store, *, rank: int, size: int, local_rank: int) -> I
     """Run the body as one of several ranks; all of them call this with the same store.
 
     Yields an empty namespace of the store: torchrun's store survives restarts of its processes. The
-    first error is re-raised on the rank that it came from. The other ranks print which rank failed,
-    once for each machine, and exit with its code. Raises UserError if a rank is missing.
+    first error is re-raised on its rank. The other ranks print which rank failed, once for each
+    machine, and exit with its code. Raises UserError if a rank is missing.
     """
-    token, peers = _gathered(store, size) if rank == 0 else _connected(store, rank)
-    line = _Line(rank, local_rank, peers)
-    thread = threading.Thread(target=line.listen, name="lifeline", daemon=True)
+    token, peers = _accept_ranks(store, size) if rank == 0 else _connect(store, rank)
+    connections = _Connections(rank, local_rank, peers)
+    thread = threading.Thread(target=connections.listen, name="lifeline", daemon=True)
     thread.start()
     try:
         yield PrefixStore(token, store)
     except BaseException as error:
-        line.leave(error)
+        connections.leave(error)
         raise
-    line.hang_up()
+    connections.finish()
     thread.join(_ANSWER_SECONDS)
 
 
 @dataclass
-class _Line:
+class _Connections:
     """Connections of one rank: to all others on rank 0, to rank 0 on any other."""
 
     rank: int
@@ -107,45 +107,45 @@ class _Line:
     peers: dict[int, _Peer]
     end: End | None = None
     """The event that rank 0 announced, if any."""
-    heard: threading.Event = field(default_factory=threading.Event)
-    is_left: bool = False
+    announced: threading.Event = field(default_factory=threading.Event)
+    has_left: bool = False
     """Whether this rank left its body; the thread then does not kill it."""
 
     def __post_init__(self) -> None:
-        self.own, self.inside = (_Peer(self.rank, each) for each in socket.socketpair())
-        self.found: list[End] = []
+        self.body_side, self.thread_side = (_Peer(self.rank, each) for each in socket.socketpair())
+        self.ends: list[End] = []
         self.decide_at: float | None = None
-        self.is_done = False
+        self.has_finished = False
 
     def leave(self, error: BaseException) -> None:
         """Report this rank's exception; exit with another rank's code if that one failed first."""
         # report, and wait for the first failure of all
-        mine = End.of(error, self.rank)
-        self.own.say({"end": asdict(mine)})
-        self.heard.wait(_ANSWER_SECONDS)
-        self.is_left = True
+        own_end = End.of(error, self.rank)
+        self.body_side.send({"end": asdict(own_end)})
+        self.announced.wait(_ANSWER_SECONDS)
+        self.has_left = True
 
         # clean-up may block for ever: then faulthandler's C thread, which outlasts the interpreter,
         # ends the process
-        nowhere = open(os.devnull, "w")  # noqa: SIM115
-        faulthandler.dump_traceback_later(_GRACE_SECONDS, exit=True, file=nowhere)
+        devnull = open(os.devnull, "w")  # noqa: SIM115
+        faulthandler.dump_traceback_later(_GRACE_SECONDS, exit=True, file=devnull)
 
         # this rank's own error passes on; another rank's is printed and ends this one
-        end = self.end or mine
-        if end.rank == self.rank and mine.kind == "failed":
+        end = self.end or own_end
+        if end.rank == self.rank and own_end.kind == "failed":
             _tell_torchrun(error)
-        if end.rank == self.rank or end.kind == mine.kind == "left":
+        if end.rank == self.rank or end.kind == own_end.kind == "left":
             return
-        if end.text != mine.text or end.kind != mine.kind:  # otherwise it is printed already
-            self.speak(end)
+        if end.text != own_end.text or end.kind != own_end.kind:  # otherwise it is printed already
+            self.print_end(end)
         sys.exit(end.code)
 
-    def hang_up(self) -> None:
+    def finish(self) -> None:
         """Tell the other ranks that this one finished without an error."""
-        self.is_left = True
-        self.own.say({"bye": True})
+        self.has_left = True
+        self.body_side.send({"bye": True})
 
-    def speak(self, end: End) -> None:
+    def print_end(self, end: End) -> None:
         """Print the failed rank to stderr, on the first surviving rank of each machine."""
         first = self.rank - self.local_rank
         if self.local_rank == (1 if end.rank == first else 0):
@@ -154,56 +154,56 @@ class _Line:
     def listen(self) -> None:
         """Receive and forward messages until this rank is finished or an end is announced."""
         with selectors.DefaultSelector() as selector:
-            for peer in (self.inside, *self.peers.values()):
+            for peer in (self.thread_side, *self.peers.values()):
                 selector.register(peer.socket, selectors.EVENT_READ, peer)
             while self.end is None:
-                for key, _ in selector.select(self.until_decided()):
+                for key, _ in selector.select(self.seconds_to_decision()):
                     for message in key.data.messages():
-                        self.take(message, key.data)
+                        self.handle(message, key.data)
                         if "end" not in message and key.fileobj in selector.get_map():
                             selector.unregister(key.fileobj)
-                if self.is_done:
+                if self.has_finished:
                     return
-                if self.until_decided() == 0:
-                    self.announce(next((e for e in self.found if e.kind == "lost"), self.found[0]))
+                if self.seconds_to_decision() == 0:
+                    self.announce(next((e for e in self.ends if e.kind == "lost"), self.ends[0]))
         self.end_process()
 
-    def until_decided(self) -> float | None:
+    def seconds_to_decision(self) -> float | None:
         """Return the seconds until rank 0 announces an end; None without a message."""
         return None if self.decide_at is None else max(self.decide_at - time.monotonic(), 0)
 
-    def take(self, message: Mapping[str, dict], peer: _Peer) -> None:
+    def handle(self, message: Mapping[str, dict], peer: _Peer) -> None:
         """Handle a message. Ranks above 0 forward their own to rank 0, and obey rank 0's."""
-        if peer is self.inside and (self.rank > 0 or "bye" in message):
-            self.pass_on(message)
-            self.is_done = "bye" in message
+        if peer is self.thread_side and (self.rank > 0 or "bye" in message):
+            self.forward(message)
+            self.has_finished = "bye" in message
         elif "bye" not in message:
-            end = End(**message["end"]) if "end" in message else peer.lost()
+            end = End(**message["end"]) if "end" in message else peer.loss()
             if self.rank > 0:
                 self.announce(end)
                 return
-            self.found.append(end)
+            self.ends.append(end)
             wait = 0 if end.kind == "lost" else _GATHER_SECONDS
             self.decide_at = min(self.decide_at or math.inf, time.monotonic() + wait)
 
     def announce(self, end: End) -> None:
         """Set the end of this process; on rank 0 also send it to the other ranks."""
         if self.rank == 0:
-            self.pass_on({"end": asdict(end)})
+            self.forward({"end": asdict(end)})
         self.end = end
-        self.heard.set()
+        self.announced.set()
 
-    def pass_on(self, message: Mapping[str, object]) -> None:
+    def forward(self, message: Mapping[str, object]) -> None:
         for peer in self.peers.values():
-            peer.say(message)
+            peer.send(message)
 
     def end_process(self) -> None:
         """Kill this process unless it leaves its body within the grace period."""
         assert self.end is not None
         time.sleep(_GRACE_SECONDS)
-        if self.is_left:
+        if self.has_left:
             return
-        self.speak(self.end)
+        self.print_end(self.end)
         os._exit(self.end.code)
 
 
@@ -218,9 +218,9 @@ class _Peer:
 
     def __init__(self, rank: int, connection: socket.socket, host: str = "") -> None:
         self.rank, self.socket, self.host = rank, connection, host
-        self._begun = b""
+        self._partial_line = b""
 
-    def say(self, message: Mapping[str, object]) -> None:
+    def send(self, message: Mapping[str, object]) -> None:
         """Send a message; a closed connection is ignored."""
         with suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
@@ -228,18 +228,18 @@ class _Peer:
     def messages(self) -> list[dict]:
         """Return the complete messages received, and {"cut": True} at the end of the connection."""
         try:
-            came = self.socket.recv(1 << 16)
+            received = self.socket.recv(1 << 16)
         except OSError:
-            came = b""
-        *whole, self._begun = (self._begun + came).split(b"\n")
-        return [json.loads(line) for line in whole] + ([] if came else [{"cut": True}])
+            received = b""
+        *lines, self._partial_line = (self._partial_line + received).split(b"\n")
+        return [json.loads(line) for line in lines] + ([] if received else [{"cut": True}])
 
-    def lost(self) -> End:
+    def loss(self) -> End:
         """Return the event of a closed connection."""
         return End(self.rank, self.host, "lost", 1)
 
 
-def _gathered(store: Store, size: int) -> tuple[str, dict[int, _Peer]]:
+def _accept_ranks(store: Store, size: int) -> tuple[str, dict[int, _Peer]]:
     """Publish rank 0's address and a new token; return the token and connections to all others."""
     deadline, token = time.monotonic() + _JOIN_SECONDS, secrets.token_hex(16)
     peers: dict[int, _Peer] = {}
@@ -248,8 +248,8 @@ def _gathered(store: Store, size: int) -> tuple[str, dict[int, _Peer]]:
 
     # publish the address, then accept one connection with the token from each rank
     with socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=size) as server:
-        here = (_own_address(), server.getsockname()[1], token, socket.gethostname())
-        store.set(_KEY, json.dumps(here))
+        address = (_own_address(), server.getsockname()[1], token, socket.gethostname())
+        store.set(_KEY, json.dumps(address))
         while len(peers) < size - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
@@ -258,22 +258,22 @@ def _gathered(store: Store, size: int) -> tuple[str, dict[int, _Peer]]:
                 missing = sorted(set(range(1, size)) - peers.keys())
                 raise UserError(
                     f"waited {_JOIN_SECONDS:.0f} s for rank {', '.join(map(str, missing))} of "
-                    f"{size}: see to it that all are started, and reach {here[0]}:{here[1]}"
+                    f"{size}: see to it that all are started, and reach {address[0]}:{address[1]}"
                 ) from None
             hello = _first_line(connection)
             if hello is None or hello.get("token") != token:
                 connection.close()
                 continue
             peers[hello["rank"]] = _Peer(hello["rank"], connection, hello["host"])
-            peers[hello["rank"]].say({"welcome": True})
+            peers[hello["rank"]].send({"welcome": True})
 
     # start them all
     for peer in peers.values():
-        peer.say({"all": True})
+        peer.send({"all": True})
     return token, peers
 
 
-def _connected(store: Store, rank: int) -> tuple[str, dict[int, _Peer]]:
+def _connect(store: Store, rank: int) -> tuple[str, dict[int, _Peer]]:
     """Return rank 0's token, and this rank's connection to rank 0."""
     deadline = time.monotonic() + _JOIN_SECONDS
     while time.monotonic() < deadline:
@@ -285,8 +285,8 @@ def _connected(store: Store, rank: int) -> tuple[str, dict[int, _Peer]]:
             connection = socket.create_connection((address, port), timeout=_ANSWER_SECONDS)
             hello = {"rank": rank, "host": socket.gethostname(), "token": token}
             connection.sendall(json.dumps(hello).encode() + b"\n")
-            waits = (_ANSWER_SECONDS, deadline - time.monotonic())
-            if all(_first_line(connection, wait) is not None for wait in waits):
+            timeouts = (_ANSWER_SECONDS, deadline - time.monotonic())
+            if all(_first_line(connection, seconds) is not None for seconds in timeouts):
                 return token, {0: _Peer(0, connection, host)}
     raise UserError(f"rank {rank} waited {_JOIN_SECONDS:.0f} s for rank 0 and the other ranks")
 

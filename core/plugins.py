@@ -26,11 +26,11 @@ def names(folder: str) -> list[str]:
 
 def load(folder: str, name: str) -> ModuleType:
     """Return a plug-in's module. Raises UserError that lists the folder's plug-ins."""
-    known = names(folder)
-    if name not in known:
-        near = did_you_mean(name, known)
+    plugins = names(folder)
+    if name not in plugins:
+        near = did_you_mean(name, plugins)
         raise UserError(
-            f"{folder}/ has no {name!r}{near or '.'} There are: {', '.join(known) or 'none'}"
+            f"{folder}/ has no {name!r}{near or '.'} There are: {', '.join(plugins) or 'none'}"
         )
     return importlib.import_module(f"{folder}.{name}")
 

@@ -49,18 +49,18 @@ class Draws:
         pairs = torch.empty_like(words, dtype=torch.float32)
         torch.mul(radius, angle.cos(), out=pairs[:, :2])
         torch.mul(radius, angle.sin_(), out=pairs[:, 2:])
-        return self._shaped(pairs, shape)
+        return self._reshape(pairs, shape)
 
     def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return uniforms in [0, 1), multiples of 2^-24, [count, *shape] float32."""
         words = self._words(purpose, math.prod(shape))
-        return self._shaped((words >> 8).to(torch.float32).mul_(2**-24), shape)
+        return self._reshape((words >> 8).to(torch.float32).mul_(2**-24), shape)
 
     def integers(self, purpose: str, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Return integers in [0, high), [count, *shape] int64; high <= 2^31, bias < high / 2^32."""
         assert 1 <= high <= 2**31, high
         words = self._words(purpose, math.prod(shape))
-        return self._shaped(words.mul_(high) >> 32, shape)
+        return self._reshape(words.mul_(high) >> 32, shape)
 
     def generator_seed(self, purpose: str) -> int:
         """Return a seed in [0, 2^63) for a torch.Generator; a function of the first sample."""
@@ -93,7 +93,7 @@ class Draws:
         constants = (torch.full_like(samples[:1], word) for word in (high0, high1))
         return torch.stack(philox(blocks, samples, *constants, key=(key0, key1)), dim=1)
 
-    def _shaped(self, numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _reshape(self, numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the first numbers of each sample as [count, *shape], contiguous."""
         return numbers.flatten(1)[:, : math.prod(shape)].reshape(self.count, *shape)
 

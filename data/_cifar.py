@@ -40,23 +40,27 @@ def read(path: Path, split: Split, *, labelled: bool) -> Source:
     Raises UserError if a batch is missing, damaged or not of plain data.
     """
     # batches
-    wanted = _BATCHES[split]
+    batch_names = _BATCHES[split]
     folder = _batches_folder(path)
-    files = _from_folder(folder, wanted) if folder is not None else _from_archive(path, wanted)
-    missing = [name for name in wanted if name not in files]
+    files = (
+        _from_folder(folder, batch_names)
+        if folder is not None
+        else _from_archive(path, batch_names)
+    )
+    missing = [name for name in batch_names if name not in files]
     if missing:
         raise UserError(
             f"{path} lacks {', '.join(missing)}: expected cifar-10-python.tar.gz as published, its "
             "unpacked folder, or any other images in a folder or zip"
         )
-    batches = [_batch(files[name], f"{path}: {name}") for name in wanted]
+    batches = [_batch(files[name], f"{path}: {name}") for name in batch_names]
     images = np.concatenate([images for images, _ in batches])
 
     # labels and class names
-    counts = {name: len(labels) for name, (_, labels) in zip(wanted, batches, strict=True)}
+    counts = {name: len(labels) for name, (_, labels) in zip(batch_names, batches, strict=True)}
     class_names = _class_names(files.get(_CLASS_NAMES_FILE), f"{path}: {_CLASS_NAMES_FILE}")
     return Source(
-        names=[f"{name}[{index}]" for name in wanted for index in range(counts[name])],
+        names=[f"{name}[{index}]" for name in batch_names for index in range(counts[name])],
         picture=lambda index: Image.fromarray(images[index]),
         labels=[label for _, labels in batches for label in labels] if labelled else None,
         class_names=class_names if labelled else None,
@@ -74,19 +78,19 @@ def _batches_folder(path: Path) -> Path | None:
     return next((f for f in folders if any((f / name).is_file() for name in every)), None)
 
 
-def _from_folder(folder: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    files = [folder / name for name in (*wanted, _CLASS_NAMES_FILE)]
+def _from_folder(folder: Path, batch_names: Sequence[str]) -> dict[str, bytes]:
+    files = [folder / name for name in (*batch_names, _CLASS_NAMES_FILE)]
     return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
-def _from_archive(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    """Return file name -> content for the wanted files of a tar archive, without unpacking it."""
+def _from_archive(path: Path, batch_names: Sequence[str]) -> dict[str, bytes]:
+    """Return file name -> content for the batches of a tar archive, without unpacking it."""
     contents = {}
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
-                if member.isfile() and name in (*wanted, _CLASS_NAMES_FILE):
+                if member.isfile() and name in (*batch_names, _CLASS_NAMES_FILE):
                     if member.size > _BATCH_BYTES_LIMIT:
                         raise UserError(f"{path}: {name} is larger than any batch of CIFAR-10")
                     contents[name] = archive.extractfile(member).read()

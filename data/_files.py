@@ -139,7 +139,7 @@ def read_labels(files: Files, names: Sequence[str], path: Path) -> list[int] | N
 def read_class_names(files: Files, labels: Sequence[int], path: Path) -> list[str] | None:
     """Return the names of classes 0, 1, … in dataset.json, or None.
 
-    labels: the labels there. Raises UserError if there are fewer names than classes.
+    labels: labels of the images. Raises UserError if there are fewer names than classes.
     """
     names = _metadata(files).get(CLASS_NAMES)
     if names is None:

@@ -95,7 +95,7 @@ class Summary(NamedTuple):
     """Change besides cropping and resizing -> number of pictures."""
 
 
-class _Converted(NamedTuple):
+class _ConvertedImage(NamedTuple):
     image: Image.Image
     """L or RGB."""
     changes: list[str]
@@ -158,7 +158,7 @@ class _Writer:
         self._changes: Counter[str] = Counter()
         self._image = Image.new("L", (0, 0))
 
-    def add(self, index: int, result: _Converted | Unusable) -> None:
+    def add(self, index: int, result: _ConvertedImage | Unusable) -> None:
         """Write one image, unless it or an earlier one is unusable."""
         if isinstance(result, Unusable):
             self._broken[self._source.names[index]] = str(result)
@@ -212,7 +212,7 @@ class _Writer:
 # One picture ------------------------------------------------------------------------------------
 
 
-def _try(source: Source, index: int, options: Options) -> _Converted | Unusable:
+def _try(source: Source, index: int, options: Options) -> _ConvertedImage | Unusable:
     """Return one picture as an image of the set, or the reason against it.
 
     Raises UserError if the options do not fit a usable picture.
@@ -226,10 +226,10 @@ def _try(source: Source, index: int, options: Options) -> _Converted | Unusable:
     if options.channels != "keep":
         picture = picture.convert("L" if options.channels == "1" else "RGB")
     image, more_changes = _fit(picture, source, index, options)
-    return _Converted(image, changes + more_changes)
+    return _ConvertedImage(image, changes + more_changes)
 
 
-def _opaque(picture: Image.Image) -> _Converted:
+def _opaque(picture: Image.Image) -> _ConvertedImage:
     """Return a picture upright, 8-bit, L or RGB, without transparency. Raises Unusable."""
     frames = getattr(picture, "n_frames", 1)
     if frames > 1 and picture.format != "MPO":  # a JPEG with a second view behind it
@@ -243,7 +243,7 @@ def _opaque(picture: Image.Image) -> _Converted:
         changes += [_ON_WHITE] * is_visible
     if picture.mode in ("CMYK", "YCbCr"):
         changes.append(f"converted from {picture.mode} to RGB, without a colour profile")
-    return _Converted(_eight_bits(picture, has_16_bits=_UPPER_BITS in changes), changes)
+    return _ConvertedImage(_eight_bits(picture, has_16_bits=_UPPER_BITS in changes), changes)
 
 
 def _has_16_bits(picture: Image.Image) -> bool:
@@ -275,35 +275,35 @@ def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
     return Image.alpha_composite(white, layer).convert(mode), lowest_alpha < 255
 
 
-def _fit(picture: Image.Image, source: Source, index: int, options: Options) -> _Converted:
+def _fit(picture: Image.Image, source: Source, index: int, options: Options) -> _ConvertedImage:
     """Return an image of the target resolution. Raises UserError if its aspect ratio differs."""
     # no change, or a border
-    wanted = options.resolution
-    if wanted is None or picture.size == wanted:
-        return _Converted(picture, [])
-    if source.padded_size == wanted:
-        return _pad(picture, wanted)
+    target = options.resolution
+    if target is None or picture.size == target:
+        return _ConvertedImage(picture, [])
+    if source.padded_size == target:
+        return _pad(picture, target)
 
     # crop and resize
-    left, top, right, bottom = box = _largest_box(picture.size, wanted)
+    left, top, right, bottom = box = _largest_box(picture.size, target)
     if options.crop == "none" and (right - left, bottom - top) != picture.size:
         raise UserError(
-            f"{source.names[index]} is {_text(picture.size)}, another shape than {_text(wanted)}: "
+            f"{source.names[index]} is {_text(picture.size)}, another shape than {_text(target)}: "
             "give --crop center to cut the largest part of that shape out of the middle"
         )
-    is_smaller = right - left < wanted[0] or bottom - top < wanted[1]
+    is_smaller = right - left < target[0] or bottom - top < target[1]
     part = picture.crop(box)  # resize(box=…) would mix in pixels around it
-    image = part.resize(wanted, FILTERS[options.filter])
-    return _Converted(image, [f"enlarged to {_text(wanted)}"] * is_smaller)
+    image = part.resize(target, FILTERS[options.filter])
+    return _ConvertedImage(image, [f"enlarged to {_text(target)}"] * is_smaller)
 
 
-def _pad(picture: Image.Image, wanted: Size) -> _Converted:
+def _pad(picture: Image.Image, target: Size) -> _ConvertedImage:
     """Return a picture with a black border."""
-    image = Image.new(picture.mode, wanted)
+    image = Image.new(picture.mode, target)
     width, height = picture.size
-    image.paste(picture, ((wanted[0] - width) // 2, (wanted[1] - height) // 2))
-    return _Converted(
-        image, [f"given a black border from {_text(picture.size)} to {_text(wanted)}"]
+    image.paste(picture, ((target[0] - width) // 2, (target[1] - height) // 2))
+    return _ConvertedImage(
+        image, [f"given a black border from {_text(picture.size)} to {_text(target)}"]
     )
 
 

@@ -64,7 +64,7 @@ class FullData(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _Fields:
     """Fields of the file."""
 
     images: int
@@ -80,19 +80,19 @@ def read_full_data(path: Path) -> FullData:
     The file has sums over the images. The published distance normalizes the covariance by the
     count, ours by count - 1, as for all other references. Raises UserError for any other file.
     """
-    stored = _stored(path)
-    features = None if stored.features is None else torch.from_numpy(stored.features).float()
-    if stored.sums is not None:
-        first, second = (torch.from_numpy(total.astype(np.float64)) for total in stored.sums)
-        mean = first / stored.images
+    fields = _read_fields(path)
+    features = None if fields.features is None else torch.from_numpy(fields.features).float()
+    if fields.sums is not None:
+        first, second = (torch.from_numpy(total.astype(np.float64)) for total in fields.sums)
+        mean = first / fields.images
         scatter = second - torch.outer(first, mean)
-        return FullData(mean, scatter / (stored.images - 1), stored.images, features)
+        return FullData(mean, scatter / (fields.images - 1), fields.images, features)
     assert features is not None
     moments = FeatureStatistics.of(features)
-    return FullData(moments.mean, moments.covariance, stored.images, features)
+    return FullData(moments.mean, moments.covariance, fields.images, features)
 
 
-def _stored(path: Path) -> _Stored:
+def _read_fields(path: Path) -> _Fields:
     """Return the fields of a file after checks of types and shapes."""
     # count
     content = nvidia_pickle.plain(path.read_bytes(), what=str(path))
@@ -110,7 +110,7 @@ def _stored(path: Path) -> _Stored:
     if not (isinstance(mean, np.ndarray) and isinstance(products, np.ndarray)):
         if features is None:
             raise UserError(f"{path} holds neither means and covariances nor all features")
-        return _Stored(images, None, features)
+        return _Fields(images, None, features)
 
     # shapes and values of the sums
     if mean.ndim != 1 or products.shape != (len(mean), len(mean)):
@@ -120,7 +120,7 @@ def _stored(path: Path) -> _Stored:
         )
     if not (np.isfinite(mean).all() and np.isfinite(products).all()):
         raise UserError(f"{path} holds numbers that are not finite")
-    return _Stored(images, (mean, products), features)
+    return _Fields(images, (mean, products), features)
 
 
 def _features(parts: object, images: int) -> np.ndarray | None:

@@ -101,8 +101,8 @@ def reference_statistics(
         raise UserError(f"{path} holds one image: reference statistics need at least 2")
     sha256 = distributed.from_main(images.sha256 if world.is_main else "", world)
     folder = cache_path("references").parent / "references" if cache is None else cache
-    kept = "" if keep is None else f"-{keep.kept_images}-{keep.random_seed}"
-    path = folder / f"{sha256[:24]}-{extractor.sha256[:24]}{kept}.npz"
+    suffix = "" if keep is None else f"-{keep.kept_images}-{keep.random_seed}"
+    path = folder / f"{sha256[:24]}-{extractor.sha256[:24]}{suffix}.npz"
     if _is_cached_everywhere(path, world):
         return read_npz(path, extractor)
 
@@ -282,8 +282,8 @@ def read_npz(path: str | Path, extractor: Extractor) -> Reference:
     else:
         meta = _published_meta(path, len(mean), extractor)
     _check_dimensions(path, len(mean), extractor)
-    kept = _features(path, arrays, dimensions=len(mean))
-    return Reference(mean, covariance, **meta.model_dump(), features=kept)
+    features = _features(path, arrays, dimensions=len(mean))
+    return Reference(mean, covariance, **meta.model_dump(), features=features)
 
 
 def _read_pkl(path: Path, extractor: Extractor, *, keep: measuring.Config | None) -> Reference:
@@ -293,8 +293,8 @@ def _read_pkl(path: Path, extractor: Extractor, *, keep: measuring.Config | None
     _check_dimensions(path, len(stored.mean), extractor)
     features = None
     if keep is not None and stored.features is not None:
-        kept = kept_indices(stored.images, keep.kept_images, keep.random_seed)
-        features = stored.features[kept]
+        rows = kept_indices(stored.images, keep.kept_images, keep.random_seed)
+        features = stored.features[rows]
     fields = meta.model_dump() | {"images": stored.images}
     return Reference(stored.mean, stored.covariance, **fields, features=features)
 
@@ -322,8 +322,8 @@ class _Meta(BaseModel):
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            wanted = {"mu", "sigma", "features", "meta"}
-            return {name: archive[name] for name in archive.files if name in wanted}
+            names = {"mu", "sigma", "features", "meta"}
+            return {name: archive[name] for name in archive.files if name in names}
     except (
         OSError,
         ValueError,

@@ -66,10 +66,10 @@ def storage(content: bytes) -> Storage:
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+\w)", str(error))
-        if named is None:
+        match = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        if match is None:
             raise
-        raise Refused(f"{named[1]} inside a storage") from error
+        raise Refused(f"{match[1]} inside a storage") from error
 
     # flat values, and their position in the file
     if not isinstance(loaded, torch.TypedStorage):
@@ -94,8 +94,10 @@ def part(
     if math.prod(size) > values.numel():
         raise Refused("a tensor that is larger than its storage")
     view = values.as_strided(size, stride, offset)  # checks the bounds; set_ would grow the storage
-    whole = view.numel() == values.numel()
-    return view.contiguous() if whole else view.clone(memory_format=torch.contiguous_format)
+    is_whole_storage = view.numel() == values.numel()
+    return (
+        view.contiguous() if is_whole_storage else view.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _parameter(data: Tensor, requires_grad: bool, hooks: object) -> Tensor:

@@ -132,9 +132,9 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def _arguments(given: Mapping[str, object]) -> dict[str, object]:
-    known = {*_DEFAULTS, *_MAPPING_DEFAULTS, *_WITHOUT_EFFECT}
+    names = {*_DEFAULTS, *_MAPPING_DEFAULTS, *_WITHOUT_EFFECT}
     for name in given:
-        if name not in known:
+        if name not in names:
             raise UserError(f"its TensorFlow generator has the argument {name!r}, unknown here")
     arguments = {new: given.get(old, default) for old, (new, default) in _DEFAULTS.items()}
     mapping = {new: given.get(old, default) for old, (new, default) in _MAPPING_DEFAULTS.items()}
@@ -236,5 +236,5 @@ def _filters(tensors: Mapping[str, Tensor], taps: object) -> dict[str, Tensor]:
 def _filter(taps: object) -> Tensor:
     """Return the filter of the taps with sum 1; 2D, or 1D from 8 taps on."""
     line = torch.as_tensor(np.asarray(taps, dtype=np.float32))
-    whole = line if line.ndim != 1 or len(line) >= 8 else torch.outer(line, line)
-    return whole / whole.sum()
+    kernel = line if line.ndim != 1 or len(line) >= 8 else torch.outer(line, line)
+    return kernel / kernel.sum()

@@ -59,8 +59,8 @@ class PublishedPickle:
     def record(self, name: str) -> NetworkRecord:
         """Return the network of this name. Raises UserError that lists those in the file."""
         if name not in self.records:
-            held = ", ".join(self.records) or "none"
-            raise UserError(f"{self.path} has no network {name}. The networks in it: {held}.")
+            names = ", ".join(self.records) or "none"
+            raise UserError(f"{self.path} has no network {name}. The networks in it: {names}.")
         return self.records[name]
 
 
@@ -89,8 +89,8 @@ def is_pickle(path: str | Path) -> bool:
 def _read_pickle(path: Path) -> PublishedPickle:
     content = nvidia_pickle.read(path)
     records = content.networks
-    held = (name for name, value in content.top.items() if value is not None)
-    beside = tuple(name for name in held if name not in records)
+    present = (name for name, value in content.top.items() if value is not None)
+    beside = tuple(name for name in present if name not in records)
     return PublishedPickle(path, sha256_of(path), records, beside)
 
 

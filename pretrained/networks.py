@@ -140,9 +140,9 @@ def _match_family(
     raise _unknown(folder, f"a network of class {record.class_name}", file.path)
 
 
-def _unknown(folder: str, held: str, path: Path) -> UserError:
-    known = ", ".join(plugins.names(folder))
-    return UserError(f"{path} holds {held}, which none of {folder}/ knows: {known}")
+def _unknown(folder: str, content: str, path: Path) -> UserError:
+    families = ", ".join(plugins.names(folder))
+    return UserError(f"{path} holds {content}, which none of {folder}/ knows: {families}")
 
 
 def _rebuild(

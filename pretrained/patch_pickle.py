@@ -69,12 +69,12 @@ def _changes(
 ) -> _Changes:
     """Return the new bytes of each changed storage. Raises UserError if they conflict."""
     names = _names(content)
-    wanted = _new_values(_requests(content, networks, path=path), names, path=path)
-    expected = [wanted.get(id(use.tensor), use.tensor) for use in content.stored]
+    new_values = _new_values(_requests(content, networks, path=path), names, path=path)
+    expected = [new_values.get(id(use.tensor), use.tensor) for use in content.stored]
     storages = []
     for uses in _by_storage(content.stored):
-        if any(id(use.tensor) in wanted for use in uses):
-            storages.append(_storage_change(uses, wanted, names, path=path))
+        if any(id(use.tensor) in new_values for use in uses):
+            storages.append(_storage_change(uses, new_values, names, path=path))
     return _Changes(storages, expected)
 
 
@@ -100,8 +100,8 @@ def _requests(
     stored = {id(use.tensor) for use in content.stored}
     for record_name, tensors in networks.items():
         if record_name not in content.networks:
-            held = ", ".join(content.networks) or "none"
-            raise UserError(f"{path} has no network {record_name}. The networks in it: {held}.")
+            records = ", ".join(content.networks) or "none"
+            raise UserError(f"{path} has no network {record_name}. The networks in it: {records}.")
 
         there = content.networks[record_name].tensors
         for key, tensor in tensors.items():
@@ -131,7 +131,7 @@ def _new_values(
     for request in requests:
         earlier = first.setdefault(id(request.there), request)
         if not _same(earlier.value, request.value):
-            raise _shared(earlier.name, request.name, path)
+            raise _sharing_error(earlier.name, request.name, path)
         requested.add(request.name)
 
     # a changed tensor must be requested under all its names
@@ -139,7 +139,7 @@ def _new_values(
     for key, request in new.items():
         for name in names[key]:
             if name not in requested:
-                raise _shared(request.name, name, path)
+                raise _sharing_error(request.name, name, path)
     return {key: request.value for key, request in new.items()}
 
 
@@ -172,7 +172,7 @@ def _by_storage(stored: Iterable[StoredTensor]) -> list[list[StoredTensor]]:
 
 def _storage_change(
     uses: list[StoredTensor],
-    wanted: Mapping[int, Tensor],
+    new_values: Mapping[int, Tensor],
     names: Mapping[int, list[str]],
     *,
     path: Path,
@@ -180,7 +180,7 @@ def _storage_change(
     """Return a storage's new values. Raises UserError if an unchanged tensor would change."""
     # the storage must be in the file as in memory
     storage = uses[0].storage
-    changed = {names[id(use.tensor)][0]: use for use in uses if id(use.tensor) in wanted}
+    changed = {names[id(use.tensor)][0]: use for use in uses if id(use.tensor) in new_values}
     if storage.position is None or not _lies_at(path, storage.position, storage.values):
         raise UserError(
             f"{path}: the values of {next(iter(changed))} do not stand there as they are in memory "
@@ -190,12 +190,12 @@ def _storage_change(
     # write all changed tensors, then compare all tensors of the storage
     values = storage.values.clone()
     for use in changed.values():
-        values[_indices(use, values)] = wanted[id(use.tensor)].reshape(-1)
+        values[_indices(use, values)] = new_values[id(use.tensor)].reshape(-1)
     for use in uses:
-        if not _same(values[_indices(use, values)], wanted.get(id(use.tensor), use.tensor)):
+        if not _same(values[_indices(use, values)], new_values.get(id(use.tensor), use.tensor)):
             name = names.get(id(use.tensor), [_UNNAMED])[0]
             others = [other for other in changed if other != name]
-            raise _shared(name, others[0] if others else "itself", path)
+            raise _sharing_error(name, others[0] if others else "itself", path)
     return _StorageChange(storage.position, values)
 
 
@@ -204,7 +204,7 @@ def _indices(use: StoredTensor, values: Tensor) -> Tensor:
     return torch.arange(len(values)).as_strided(use.size, use.stride, use.offset).reshape(-1)
 
 
-def _shared(name: str, other: str, path: Path) -> UserError:
+def _sharing_error(name: str, other: str, path: Path) -> UserError:
     return UserError(
         f"{path}: {name} and {other} share values there, and would have to differ now: "
         "this file cannot be written back"
