@@ -1,5 +1,7 @@
-"""The exception for bad input: commands print it as one sentence and exit with code 2."""
+"""The one exception that stands for bad input: refine.py prints it in a sentence and exits with
+code 2.
+"""
 
 
 class UserError(Exception):
-    """Bad input: the value, the expected values and the fix. Never a bug of ours."""
+    """Bad input from outside: what came, what was expected, what to do. Never a bug of ours."""
