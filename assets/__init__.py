@@ -1,1 +1,1 @@
-"""Networks that ship with the project, and the programs that made them."""
+"""Networks that ship with the project, and their training programs."""

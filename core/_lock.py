@@ -1,6 +1,4 @@
-"""A file that one process at a time holds: the kernel lets go of it when the process ends, however
-it ends.
-"""
+"""File lock of one process at a time, which the kernel releases at any end of the process."""
 
 from __future__ import annotations
 
@@ -18,33 +16,33 @@ if sys.platform != "win32":
 
 _log = logging.getLogger(__name__)
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-"""What file systems say that know no locks: some network file systems, as they are mounted."""
+"""Error numbers of file systems without locks, such as some network mounts."""
 
 
 class Held(Exception):
-    """Another process, or another part of this one, holds the file; the text says who."""
+    """The file is locked by another process or another part of this one, which the text names."""
 
 
 @dataclass(frozen=True)
 class Lock:
-    """A file that is held until `release`."""
+    """An acquired file lock."""
 
     is_sure: bool
-    """False where the file system knows no locks, so that others may believe to hold it too."""
+    """False on a file system without locks: others may acquire it too."""
     _descriptor: int
 
     @classmethod
     def acquire(cls, path: Path) -> Lock:
-        """Return the lock on a file, which is made. Raises Held, and OSError if it cannot be made.
+        """Create and lock a file. Raises Held if it is locked, OSError if it cannot be created.
 
-        A file system that cannot lock is told of in the log, and gone on without.
+        On a file system without locks a warning is logged and the lock is not sure.
         """
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             is_sure = _try(descriptor)
             if not is_sure:
                 _log.warning("%s: no locks here; let no other process write there", path.parent)
-            with suppress(OSError):  # a full disk: it is held all the same, without a name on it
+            with suppress(OSError):  # on a full disk the lock stays without a name
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except BlockingIOError:
@@ -57,20 +55,21 @@ class Lock:
         return cls(is_sure, descriptor)
 
     def release(self) -> None:
-        """Let others have the file. It stays: whoever removes it may remove another's."""
+        """Release the lock. The file stays: removing it could remove another process's lock."""
         os.truncate(self._descriptor, 0)
         os.close(self._descriptor)
 
 
 def holder(path: Path) -> str | None:
-    """Return who holds a file, None where nobody does or where that cannot be known. Nothing is
-    written, and who only looks keeps nobody waiting.
+    """Return the name of the process that holds a lock; None if nobody does or it is unknown.
+
+    Reads only, and blocks no other process.
     """
     try:
         name = path.read_text(errors="replace").strip()
     except OSError:
         return None
-    if not name or sys.platform == "win32":  # who lets go of it takes the name off
+    if not name or sys.platform == "win32":  # release() clears the name
         return None
     with path.open("rb") as file:
         try:
@@ -83,7 +82,7 @@ def holder(path: Path) -> str | None:
 
 
 def _try(descriptor: int) -> bool:
-    """Return whether the file is locked now, or else cannot be. Raises BlockingIOError if held."""
+    """Lock the file; False on a file system without locks. Raises BlockingIOError if held."""
     if sys.platform == "win32":
         return False
     try:

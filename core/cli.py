@@ -23,11 +23,14 @@ def set_up_logging(world: World) -> None:
 
 
 def one_sentence(*, stopped: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator for commands. stopped: what Ctrl-C says that has nothing else to say."""
+    """Return a decorator for commands: errors become one sentence and exit code 2.
+
+    stopped: message for a Ctrl-C without a message of its own.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def spoken(*args: object, **options: object) -> None:
+        def run(*args: object, **options: object) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 command(*args, **options)
@@ -36,7 +39,7 @@ def one_sentence(*, stopped: str) -> Callable[[Callable[..., None]], Callable[..
             except KeyboardInterrupt as stop:
                 sys.exit(_says(str(stop) or stopped))
 
-        return spoken
+        return run
 
     return decorate
 

@@ -1,8 +1,8 @@
-"""Which process this is, on which device, and the few things that processes do together.
+"""Process group, world and device of this process, and the collective operations of a run.
 
 Under torchrun there is a process group, nccl on CUDA and gloo on a CPU. A single process has none,
-and every function here is then the identity. Each rank holds whole networks; sharding.py has those
-that are spread over ranks.
+and every function here is then the identity. Each rank holds whole networks; sharding.py spreads
+networks over ranks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from core.errors import UserError
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(hours=2)
-"""How long a rank waits for another: rank 0 alone may measure a long time."""
+"""Timeout of a collective operation: rank 0 alone may evaluate for a long time."""
 _REST_SECONDS = 0.05
-"""In torch 2.9 a thread of gloo that still frees its last work needs the interpreter, while the
-group's destructor holds that and waits for the thread: it is given the time to end.
+"""Pause before the group is destroyed. In torch 2.9 a gloo thread that frees its last work needs
+the interpreter lock, which the group's destructor holds while it waits for that thread.
 """
 _START_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for rank 0 to be there."""
+"""Timeout of the rendezvous with rank 0."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,16 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is the one process that writes and speaks."""
+        """Whether this is rank 0, the only one that writes files and logs."""
         return self.rank == 0
 
 
 @contextmanager
 def session(device: str = "auto") -> Iterator[World]:
-    """Yield this process's world, in a process group where torchrun, or what sets the same
-    variables, started several. Those end together: where one fails or is killed, the others say so
-    and end within seconds, whatever they wait for.
+    """Join the process group if a launcher started several ranks; yield this process's world.
+
+    A launcher is torchrun, or any program that sets the same environment variables. If a rank fails
+    or is killed, the other ranks report it and exit within seconds, even out of a collective call.
 
     device: auto (CUDA if there is any), cpu, cuda or cuda:N. Raises UserError if there is none.
     """
@@ -73,16 +74,20 @@ def session(device: str = "auto") -> Iterator[World]:
     if size == 1:
         yield _world(device, rank=rank, size=size, local_rank=local_rank)
         return
+
+    # rendezvous of all ranks
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=_START_TIMEOUT))
     except ValueError as error:
         raise UserError(
             f"WORLD_SIZE is {size}, but the processes cannot find each other: {error}"
         ) from error
+
+    # the group, under the lifeline that ends all ranks together
     with ending_together(store, rank=rank, size=size, local_rank=local_rank) as fresh_store:
         world = _world(device, rank=rank, size=size, local_rank=local_rank)
         is_cuda = world.device.type == "cuda"
-        with _saying_nothing_on_stdout():
+        with _stdout_to_stderr():
             dist.init_process_group(
                 "nccl" if is_cuda else "gloo",
                 store=fresh_store,
@@ -91,28 +96,30 @@ def session(device: str = "auto") -> Iterator[World]:
                 timeout=_TIMEOUT,
                 device_id=world.device if is_cuda else None,
             )
+
         yield world
+
         time.sleep(_REST_SECONDS)
         dist.destroy_process_group()
 
 
 @contextmanager
-def _saying_nothing_on_stdout() -> Iterator[None]:
-    """Run the body with what its libraries print to stdout on stderr: gloo's greetings of torch 2.9
-    would stand in the way of a program that reads a command's result.
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect file descriptor 1 to stderr in the body: gloo of torch 2.9 prints its greetings to
+    stdout, which programs parse as a command's result.
     """
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout_copy = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout_copy, 1)
+        os.close(stdout_copy)
 
 
 def mean(tensor: Tensor, world: World) -> Tensor:
-    """Return the mean over ranks of a floating-point tensor, equal on every rank, no graph."""
+    """Return the mean over ranks of a floating-point tensor, the same on every rank, detached."""
     total = tensor.detach().clone()
     if world.size > 1:
         dist.all_reduce(total)
@@ -121,16 +128,20 @@ def mean(tensor: Tensor, world: World) -> Tensor:
 
 
 def gather_rows(tensor: Tensor, world: World) -> Tensor:
-    """Return the rows of all ranks, in rank order, on every rank: [sum of N, …] from [N, …].
+    """Return the rows of all ranks in rank order, on every rank: [N, …] -> [sum of N, …], detached.
 
-    N may differ from rank to rank and may be 0. Without graph.
+    N may differ between ranks and may be 0.
     """
     rows = tensor.detach().contiguous()
     if world.size == 1:
         return rows
+
+    # row counts of all ranks
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world.size)]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
     longest = max(int(count) for count in counts)
+
+    # all_gather needs equal shapes: pad to the longest, cut afterwards
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in range(world.size)]
@@ -140,7 +151,7 @@ def gather_rows(tensor: Tensor, world: World) -> Tensor:
 
 
 def from_main(value: T, world: World) -> T:
-    """Return rank 0's value on every rank; what the others gave is dropped."""
+    """Return rank 0's value on every rank; values of other ranks are ignored."""
     if world.size == 1:
         return value
     box = [value]
@@ -149,17 +160,17 @@ def from_main(value: T, world: World) -> T:
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """Return whether the flag is up on any rank; the same answer on all, which all wait for."""
+    """Return the logical or of a flag over all ranks. A collective operation."""
     return bool(mean(torch.tensor(float(flag), device=world.device), world) > 0)
 
 
 def shard(total: int, world: World) -> range:
-    """Return this rank's share of range(total): contiguous, in rank order, as even as can be."""
+    """Return this rank's part of range(total): contiguous, in rank order, sizes differ by 1."""
     return range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
 
 
 def wrap(network: nn.Module, world: World) -> nn.Module:
-    """Return the network whose gradients are averaged over ranks; buffers stay each rank's own."""
+    """Wrap a network in DistributedDataParallel: gradients are averaged, buffers stay local."""
     if world.size == 1:
         return network
     devices = [world.device] if world.device.type == "cuda" else None
@@ -170,20 +181,20 @@ def wrap(network: nn.Module, world: World) -> nn.Module:
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """Return the network itself, whether or not it was wrapped."""
+    """Return the module inside DistributedDataParallel, or the network itself."""
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def barrier(world: World) -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank calls this."""
     if world.size > 1:
         dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
 
 
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
-    """Let rank 0 run the block before the others do: it fills a cache, they find it filled. Where
-    it fails, they do not begin.
+    """Run the block on rank 0 first, then on the other ranks, which read the cache that rank 0
+    filled. If rank 0 fails, the others never enter the block.
     """
     if not world.is_main:
         barrier(world)
@@ -193,7 +204,7 @@ def main_first(world: World) -> Iterator[None]:
 
 
 def main_only(world: World) -> Callable[[logging.LogRecord], bool]:
-    """Return a filter for a logging handler that lets rank 0 alone speak."""
+    """Return a filter for a logging handler that drops the records of all ranks but 0."""
     return lambda record: world.is_main
 
 
@@ -205,7 +216,8 @@ def _world(device: str, *, rank: int, size: int, local_rank: int) -> World:
 
 
 def _device(name: str, *, local_rank: int) -> torch.device:
-    """Return the device of a name, with this process's own GPU where several share a machine."""
+    """Return the torch device for a name; `cuda` is the GPU with this process's local rank."""
+    # parse the name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -216,6 +228,8 @@ def _device(name: str, *, local_rank: int) -> torch.device:
         raise UserError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
+
+    # one GPU for each process of this machine
     if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise UserError(
             f"device {name!r} is one GPU for all processes of this machine: let each take its own, "

@@ -1,7 +1,7 @@
-"""A name in a recipe -> the module behind it: one file of generators/, teachers/ or objectives/.
+"""Plug-ins by name: modules of generators/, teachers/ and objectives/.
 
-A plug-in is a public module with a class `Config` and a function `build`; nothing registers it. The
-files are looked at, not imported, so that listing the names costs nothing.
+A plug-in is a public module with a class `Config` and a function `build`, without registration.
+Names are listed from the syntax trees of the files, without importing them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Lower precision inside networks while they train; what they take and give stays float32.
+"""Mixed precision of networks in training; their inputs, outputs and parameters stay float32.
 
-A module that can compute in lower precision has a `compute_dtype`, float32 unless it is set here:
-its parameters stay float32 and are cast where they are used. So a network is measured, published
-and averaged in float32 whatever it was trained in.
+A module that supports it has an attribute `compute_dtype`, float32 unless set here, and casts its
+parameters at each use. Evaluation, export and the moving average are float32 for every precision.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import torch
 from torch import nn
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
-"""tf32: float32 whose products tensor cores round to 10 bits, in all networks; a CPU has none.
-float16: for GPUs that have no bfloat16; small gradients vanish in it, so losses are to be scaled.
+"""tf32: float32 with products rounded to 10 bits by tensor cores; no effect on a CPU.
+float16: for GPUs without bfloat16; small gradients underflow, so it needs loss scaling.
 """
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -27,41 +26,41 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 class Lowerable(Protocol):
-    """A module that can compute in lower precision."""
+    """A module with selectable precision."""
 
     compute_dtype: torch.dtype
 
 
 @contextmanager
 def computing_in(precision: Precision, networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the body with every module of the networks that can do so computing in a precision.
+    """Set the compute precision of all supporting modules of the networks in the body.
 
-    Around it float32 is float32, also on a GPU, where PyTorch by itself rounds convolutions.
+    TF32, PyTorch's default for convolutions, is off in the body unless the precision is tf32.
     """
     modules = (module for network in networks for module in network.modules())
-    able = [cast(Lowerable, module) for module in modules if hasattr(module, "compute_dtype")]
-    before = [module.compute_dtype for module in able]
-    for module in able:
+    supporting = [cast(Lowerable, m) for m in modules if hasattr(m, "compute_dtype")]
+    before = [module.compute_dtype for module in supporting]
+    for module in supporting:
         module.compute_dtype = DTYPES[precision]
     try:
         with rounding_products(precision == "tf32"):
             yield
     finally:
-        for module, dtype in zip(able, before, strict=True):
+        for module, dtype in zip(supporting, before, strict=True):
             module.compute_dtype = dtype
 
 
 @contextmanager
-def rounding_products(wanted: bool) -> Iterator[None]:
-    """Run the body with or without tensor cores rounding the products of float32 (TF32)."""
+def rounding_products(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32, tensor cores' rounded products of float32, in the body."""
     before = bool(torch.backends.cuda.matmul.allow_tf32), torch.backends.cudnn.allow_tf32
-    _let_round(wanted, wanted)
+    _set_tf32(allowed, allowed)
     try:
         yield
     finally:
-        _let_round(*before)
+        _set_tf32(*before)
 
 
-def _let_round(matrix_products: bool, convolutions: bool) -> None:
+def _set_tf32(matrix_products: bool, convolutions: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = matrix_products
     torch.backends.cudnn.allow_tf32 = convolutions

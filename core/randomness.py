@@ -1,9 +1,9 @@
-"""Random numbers as a function of (seed, purpose, images_seen, global sample index), not a state.
+"""Random numbers as a function of (seed, purpose, images_seen, global sample index), without state.
 
-The words come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+The words are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 2011), written in integer tensor arithmetic: the same bits on every device, for any batch size and
-any number of ranks. Normals are Box-Muller in float64, so that rounding to float32 hides the little
-that the devices' logarithms disagree. `torch.manual_seed` has no influence here.
+any number of ranks. Normals are Box-Muller in float64: rounding to float32 hides the differences
+between the devices' logarithms. `torch.manual_seed` has no effect here.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of `count` consecutive samples: the same call gives the same numbers."""
+    """Random numbers of `count` consecutive samples: equal calls return equal numbers."""
 
     seed: int
     images_seen: int
-    """Student images made before this update."""
+    """Number of student images before this update."""
     first: int
     """Global index of the first sample, counted over all ranks and micro-batches of this update."""
     count: int
     device: torch.device
     scope: str = ""
-    """What the purposes belong to, such as a phase; other scopes get other numbers."""
+    """Namespace of the purposes, such as a phase; other scopes have other numbers."""
 
     def __post_init__(self) -> None:
         assert self.count >= 0 and 0 <= self.first <= _WORD + 1 - self.count, (
@@ -49,21 +49,21 @@ class Draws:
         pairs = torch.empty_like(words, dtype=torch.float32)
         torch.mul(radius, angle.cos(), out=pairs[:, :2])
         torch.mul(radius, angle.sin_(), out=pairs[:, 2:])
-        return self._shaped(pairs, shape)
+        return self._reshape(pairs, shape)
 
     def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return uniforms in [0, 1), multiples of 2^-24, [count, *shape] float32."""
         words = self._words(purpose, math.prod(shape))
-        return self._shaped((words >> 8).to(torch.float32).mul_(2**-24), shape)
+        return self._reshape((words >> 8).to(torch.float32).mul_(2**-24), shape)
 
     def integers(self, purpose: str, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Return integers in [0, high), [count, *shape] int64; high <= 2^31, bias < high / 2^32."""
         assert 1 <= high <= 2**31, high
         words = self._words(purpose, math.prod(shape))
-        return self._shaped(words.mul_(high) >> 32, shape)
+        return self._reshape(words.mul_(high) >> 32, shape)
 
     def generator_seed(self, purpose: str) -> int:
-        """Return a number in [0, 2^63) that depends on the first sample, to seed a generator."""
+        """Return a seed in [0, 2^63) for a torch.Generator; a function of the first sample."""
         name = f"{self.seed}/{self.images_seen}/{self.scope}/{purpose}/{self.first}".encode()
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
 
@@ -77,12 +77,15 @@ class Draws:
         return replace(self, first=self.first + start, count=stop - start)
 
     def _words(self, purpose: str, numbers: int) -> Tensor:
-        """Return enough 32-bit words for that many numbers a sample, [count, 4, blocks] int64."""
+        """Return 32-bit words for `numbers` numbers of each sample, [count, 4, blocks] int64."""
+        # key and high words of the counter from the purpose
         name = f"{self.seed}/{self.images_seen}/{self.scope}/{purpose}".encode()
         digest = hashlib.blake2b(name, digest_size=16).digest()
         key0, key1, high0, high1 = (
             int.from_bytes(digest[i : i + 4], "little") for i in (0, 4, 8, 12)
         )
+
+        # low words of the counter: block and sample
         blocks = torch.arange(-(-numbers // 4), device=self.device)  # [blocks]
         samples = torch.arange(self.first, self.first + self.count, device=self.device)[
             :, None
@@ -90,7 +93,7 @@ class Draws:
         constants = (torch.full_like(samples[:1], word) for word in (high0, high1))
         return torch.stack(philox(blocks, samples, *constants, key=(key0, key1)), dim=1)
 
-    def _shaped(self, numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _reshape(self, numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the first numbers of each sample as [count, *shape], contiguous."""
         return numbers.flatten(1)[:, : math.prod(shape)].reshape(self.count, *shape)
 
@@ -101,7 +104,7 @@ def philox(
     """Return Philox4x32-10 of a counter: four int64 tensors of 32-bit words, of one shape.
 
     Words are int64 tensors in [0, 2^32) that broadcast; a product wraps modulo 2^64, losing no bit.
-    The odd words are masked only at the end: what lies above their 32 bits reaches no product.
+    The odd words are masked only at the end: bits above the 32nd enter no product.
     """
     key0, key1 = key
     for _ in range(_ROUNDS):

@@ -1,1 +1,1 @@
-"""Real images, which only reference statistics need: no gradient here comes from them."""
+"""Sets of real images, for reference statistics and for the training of denoisers."""

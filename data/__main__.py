@@ -1,4 +1,4 @@
-"""`python -m data prepare SOURCE OUT.zip`: any images into the zip that the other programs read."""
+"""`python -m data prepare SOURCE OUT.zip`: conversion of images to the layout of StyleGAN."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tqdm import tqdm
 from core.cli import one_sentence
 from core.errors import UserError
 from data import prepare as preparation
-from data.prepare import Options, Size, Summary, listed
+from data.prepare import Options, Size, Summary, broken_lines
 
 _LINE_EVERY_SECONDS = 15.0
-_WHAT_MANY_NETWORKS_TAKE = (
+_POWER_OF_TWO_HINT = (
     "StyleGAN's and EDM's networks take squares whose side is a power of two (32, 64, 128, …); "
     "for them, give such a --resolution"
 )
@@ -38,7 +38,7 @@ class _Resolution(click.ParamType):
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Make sets of real images, for references (FID) and for training."""
+    """Prepare sets of real images for references (FID) and for training."""
 
 
 @main.command()
@@ -55,8 +55,8 @@ def main() -> None:
     type=click.Choice(["none", "center"]),
     default="none",
     show_default=True,
-    help="What to do with another shape than --resolution's: none stops at such an image, center "
-    "cuts the largest part of that shape out of its middle. Nothing is ever stretched.",
+    help="Images of another aspect ratio than --resolution: none stops with an error, center cuts "
+    "the largest part of that aspect ratio out of the middle. Images are never stretched.",
 )
 @click.option(
     "--filter",
@@ -64,7 +64,7 @@ def main() -> None:
     type=click.Choice(list(preparation.FILTERS)),
     default="lanczos",
     show_default=True,
-    help="How images are made smaller: lanczos is sharpest, box averages, bicubic is between.",
+    help="Resampling filter: lanczos is sharpest, box averages, bicubic is between.",
 )
 @click.option(
     "--channels",
@@ -77,7 +77,7 @@ def main() -> None:
 @click.option(
     "--split",
     type=click.Choice(["train", "test"]),
-    help="Which part of CIFAR-10 or MNIST.  [default: train]",
+    help="Part of CIFAR-10 or MNIST.  [default: train]",
 )
 @click.option(
     "--flat-labels",
@@ -85,7 +85,7 @@ def main() -> None:
     help="Where folders of classes have folders in them, make each innermost one a class of its "
     "own: animals/cat and animals/dog instead of animals.",
 )
-@click.option("--no-labels", is_flag=True, help="Write no labels, and look for none.")
+@click.option("--no-labels", is_flag=True, help="Ignore the labels of SOURCE and write none.")
 @click.option(
     "--skip-broken", is_flag=True, help="Leave out and list images that cannot be used, and go on."
 )
@@ -105,9 +105,8 @@ def prepare(
     skip_broken: bool,
     overwrite: bool,
 ) -> None:
-    """Make OUT.zip of the images at SOURCE: all of one size, as PNG, with their labels. It is what
-    refine.py --teach and the reference of an evaluation take, and what StyleGAN's and EDM's
-    programs take.
+    """Write OUT.zip from the images at SOURCE: all of one size, as PNG, with their labels. It is
+    an input of refine.py --teach, of reference statistics, and of StyleGAN's and EDM's programs.
 
     \b
     python -m data prepare photos mine.zip --resolution 64 --crop center
@@ -122,32 +121,37 @@ def prepare(
         a folder or zip of PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, in folders of any depth
         cifar-10-python.tar.gz, or the folder unpacked from it
         an idx file of MNIST (train-images-idx3-ubyte.gz), or a folder of them
-        a zip or folder that this command made, or StyleGAN's or EDM's
+        a zip or folder of this command, or of StyleGAN's or EDM's programs
 
     Labels are those of dataset.json in SOURCE; without one, each folder of images is a class, in
     the order of their names (cat is 0, dog is 1), and the names are kept. Images in one folder
     have no labels.
 
-    Images are read in the order of their names. One that is smaller than --resolution is enlarged;
-    only MNIST's 28x28 digits get a black border instead when --resolution is 32. Photos are turned
-    as their EXIF says, transparent parts are laid on white, of 16 bits a channel the upper 8 are
-    kept, CMYK becomes RGB without a colour profile; what was done to how many is said at the end.
-    Animations are not taken. If any image cannot be used, all such are listed and nothing is
-    written, unless --skip-broken.
+    Images are read in the order of their names. Images smaller than --resolution are enlarged,
+    except MNIST's 28x28 digits, which get a black border for --resolution 32. Photos are rotated by
+    their EXIF orientation, transparent pixels are composed on white, 16-bit channels are reduced to
+    their upper 8 bits, CMYK is converted to RGB without a color profile; the number of images for
+    each of these changes is printed at the end. Animations cannot be used. If any image cannot be
+    used, all such images are listed and nothing is written, unless --skip-broken is given.
 
     The same images and options give the same file, byte for byte. Images in it are not compressed:
     50,000 of 32x32 in RGB take 166 MB, one of 256x256 takes 0.2 MB.
     """
+    # check the options
     if flat_labels and no_labels:
         raise UserError("--flat-labels and --no-labels exclude each other: give one of them")
     if crop != "none" and resolution is None:
         raise UserError(f"--crop {crop} needs the shape to crop to: give --resolution too")
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"SOURCE and OUT are both {out}: write to another file")
+
+    # read the source
     labelling = "none" if no_labels else "flat" if flat_labels else "folders"
     opened = preparation.open_source(source, labelling=labelling, split=split)
     for remark in opened.remarks:
         click.echo(f"{source}: {remark}", err=True)
+
+    # write the zip
     summary = preparation.prepare(
         opened,
         out,
@@ -161,20 +165,20 @@ def prepare(
 
 
 def _report(summary: Summary, out: Path) -> list[str]:
-    """Return what was written, then what the user should know of it."""
+    """Return the lines of the result: changes, omitted pictures, hints and the file."""
     width, height = summary.size
     kind = "grey" if summary.channels == 1 else "RGB"
     lines = [f"{change}: {_images(count)}" for change, count in summary.changes.items()]
     if summary.left_out:
-        lines += [f"left out: {_images(len(summary.left_out))}", *listed(summary.left_out)]
+        lines += [f"left out: {_images(len(summary.left_out))}", *broken_lines(summary.left_out)]
     if width != height or width & (width - 1):
-        lines.append(f"{width}x{height}: {_WHAT_MANY_NETWORKS_TAKE}")
+        lines.append(f"{width}x{height}: {_POWER_OF_TWO_HINT}")
     written = f"wrote {out}: {_images(summary.images)}, {width}x{height} {kind}"
     return [*lines, f"{written}, {_classes(summary)}, {out.stat().st_size / 1e6:,.1f} MB"]
 
 
 def _classes(summary: Summary) -> str:
-    """Return how many classes there are, and how even."""
+    """Return the number of classes and the range of their sizes."""
     if summary.labels is None:
         return "no labels"
     counts = Counter(summary.labels)
@@ -188,7 +192,7 @@ def _images(count: int) -> str:
 
 
 def _progress(indices: Iterable[int], total: int) -> Iterable[int]:
-    """Yield the indices; show a bar on a terminal, elsewhere a plain line once in a while."""
+    """Yield the indices; show a progress bar on a terminal, else a plain line every 15 seconds."""
     if sys.stderr.isatty():
         yield from tqdm(indices, total=total, unit=" images", dynamic_ncols=True)
         return

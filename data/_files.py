@@ -1,4 +1,4 @@
-"""The files of a folder or zip, which of them are images, and what dataset.json says of these."""
+"""Files of a folder or zip, their image names, and the labels in dataset.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core.errors import UserError
 
 LABELS_FILE = "dataset.json"
 CLASS_NAMES = "class_names"
-"""Key of dataset.json beside "labels": the name of each class, which other programs ignore."""
+"""Key of dataset.json for the class names, ignored by other programs."""
 
 
 UNREADABLE = (
@@ -27,14 +27,14 @@ UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What reading a file of a folder or zip, and decoding it, can raise."""
+"""Exceptions of reading and decoding a file of a folder or zip."""
 
 
 class Files(Protocol):
-    """Named contents."""
+    """Files by name."""
 
     def names(self) -> list[str]:
-        """Return all names, with / between folder and file."""
+        """Return all names, with / as separator."""
         ...
 
     def read(self, name: str) -> bytes:
@@ -43,7 +43,7 @@ class Files(Protocol):
 
 
 class Folder:
-    """The files below a folder, links to folders included."""
+    """Files below a folder, including those behind links to folders."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +60,7 @@ class Folder:
 
 
 class Zip:
-    """The files of a zip, opened once a process: workers must not share one file position."""
+    """Files of a zip, opened once in each process: workers must not share a file position."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -82,7 +82,7 @@ class Zip:
 
 
 def open_files(path: Path) -> Folder | Zip:
-    """Return the files of a folder or zip. Raises UserError where path is neither."""
+    """Return the files of a folder or zip. Raises UserError if path is neither."""
     if path.is_dir():
         return Folder(path)
     if not path.exists():
@@ -95,12 +95,12 @@ def open_files(path: Path) -> Folder | Zip:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a name is one that some systems add and do not show."""
+    """Return whether a file is hidden, or metadata that macOS adds to zips."""
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
 
 
 def image_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
-    """Return those of names that end like an image, sorted, without the hidden ones."""
+    """Return the names with an image suffix, sorted, without hidden files."""
     return sorted(
         name
         for name in names
@@ -109,10 +109,11 @@ def image_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
 
 
 def read_labels(files: Files, names: Sequence[str], path: Path) -> list[int] | None:
-    """Return the label of each name, or None where dataset.json is absent or gives none.
+    """Return the label of each name, or None if dataset.json is absent or without labels.
 
-    Raises UserError where it gives some image no label, or one that is no whole number.
+    Raises UserError if an image has no label, or a label is no whole number.
     """
+    # parse
     try:
         pairs = _metadata(files)["labels"]
         label_of = None if pairs is None else dict(pairs)
@@ -123,6 +124,8 @@ def read_labels(files: Files, names: Sequence[str], path: Path) -> list[int] | N
         ) from error
     if label_of is None:
         return None
+
+    # check
     for name in names:
         label = label_of.get(name)
         if type(label) is not int or label < 0:
@@ -134,9 +137,9 @@ def read_labels(files: Files, names: Sequence[str], path: Path) -> list[int] | N
 
 
 def read_class_names(files: Files, labels: Sequence[int], path: Path) -> list[str] | None:
-    """Return the names of classes 0, 1, … in a dataset.json that has labels, or None.
+    """Return the names of classes 0, 1, … in dataset.json, or None.
 
-    Raises UserError where they are no names, or fewer than the labels need.
+    labels: labels of the images. Raises UserError if there are fewer names than classes.
     """
     names = _metadata(files).get(CLASS_NAMES)
     if names is None:
@@ -153,7 +156,7 @@ def read_class_names(files: Files, labels: Sequence[int], path: Path) -> list[st
 def _metadata(files: Files) -> dict:
     try:
         content = files.read(LABELS_FILE)
-    except (KeyError, FileNotFoundError):  # a zip's way to say that there is none, a folder's
+    except (KeyError, FileNotFoundError):  # no such file in a zip; in a folder
         return {"labels": None}
     metadata = json.loads(content)
     if not isinstance(metadata, dict):
@@ -170,7 +173,7 @@ def _is_whole_zip(path: Path) -> bool:
 
 
 def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield all files below a folder; a link back to a folder above is not followed."""
+    """Yield all files below a folder; links to a parent folder are not followed."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -178,5 +181,5 @@ def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
         for entry in entries:
             if entry.is_dir():
                 yield from _below(Path(entry.path), (*above, real))
-            elif entry.is_file() or entry.is_symlink():  # a link to nothing is missed by name
+            elif entry.is_file() or entry.is_symlink():  # a broken link is reported by name
                 yield entry.path

@@ -1,4 +1,4 @@
-"""The images of a folder or zip, labelled by dataset.json or by the folders that they lie in."""
+"""Images of a folder or zip, with labels from dataset.json or from the names of folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from data._files import (
 from data._source import Source, Unusable
 
 Labelling = Literal["folders", "flat", "none"]
-"""A class is: the first folder in which names differ; all folders of a name; nothing."""
+"""Source of a class: the first folder level with several names; the innermost folder; none."""
 
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 _SUFFIXES = (
@@ -34,32 +34,36 @@ _SUFFIXES = (
 )
 _SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 _NUMBERED = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
-"""A name of the layout that `prepare` writes: its folders are no classes."""
+"""Name in the layout of `prepare`, whose folders are not classes."""
 _OTHERS_NAMED = 3
 
 
 def read(path: Path, labelling: Labelling) -> Source:
     """Return the images of a folder or zip, sorted by name.
 
-    Raises UserError where there are none, or labels that do not fit them.
+    Raises UserError if there are none, or if the labels do not fit them.
     """
+    # names
     files = open_files(path)
-    found = files.names()
-    names = image_names(found, _SUFFIXES)
+    all_names = files.names()
+    names = image_names(all_names, _SUFFIXES)
     if not names:
         raise UserError(f"{path} holds no image; expected files that end in {', '.join(_SUFFIXES)}")
+
+    # labels
     if labelling != "none":
-        _check_labels_file(found, path)
-    if labelling != "none" and LABELS_FILE in found:
+        _check_labels_file(all_names, path)
+    if labelling != "none" and LABELS_FILE in all_names:
         labels, class_names, remark = _labels_of_file(files, names, path)
     else:
         labels, class_names, remark = _labels_of_folders(names, path, labelling)
+
     return Source(
         names=names,
         picture=lambda index: _open_picture(files, names[index]),
         labels=labels,
         class_names=class_names,
-        remarks=(*_others(found, names), remark),
+        remarks=(*_unread_files(all_names, names), remark),
     )
 
 
@@ -83,7 +87,7 @@ class _Labels(NamedTuple):
     labels: Sequence[int] | None
     class_names: Sequence[str] | None
     remark: str
-    """Where they are from, or why there are none."""
+    """Origin of the labels, or the reason for none."""
 
 
 def _labels_of_file(files: Files, names: Sequence[str], path: Path) -> _Labels:
@@ -107,10 +111,10 @@ def _labels_of_folders(names: Sequence[str], path: Path, labelling: Labelling) -
     return _Labels(labels, class_names, "labels from the names of folders")
 
 
-def _check_labels_file(found: Sequence[str], path: Path) -> None:
-    """Raise UserError where labels lie deeper than they are looked for."""
-    deeper = [name for name in found if name.endswith(f"/{LABELS_FILE}") and not is_hidden(name)]
-    if deeper and LABELS_FILE not in found:
+def _check_labels_file(all_names: Sequence[str], path: Path) -> None:
+    """Raise UserError if dataset.json is in a subfolder only."""
+    deeper = [n for n in all_names if n.endswith(f"/{LABELS_FILE}") and not is_hidden(n)]
+    if deeper and LABELS_FILE not in all_names:
         raise UserError(
             f"{path} has its labels in {deeper[0]}, expected {LABELS_FILE} at the top: give the "
             "folder that it lies in (unpack a zip for that), or --no-labels"
@@ -118,7 +122,8 @@ def _check_labels_file(found: Sequence[str], path: Path) -> None:
 
 
 def _classes(names: Sequence[str], path: Path, labelling: Labelling) -> list[str] | None:
-    """Return the class of each name, or None where there is one at most."""
+    """Return the class name of each image, or None if there are no classes."""
+    # folders below the common one
     folders = [PurePosixPath(name).parent.as_posix() for name in names]
     shared = os.path.commonpath(folders) if "." not in folders else ""
     below = [os.path.relpath(folder, shared or ".").replace(os.sep, "/") for folder in folders]
@@ -129,6 +134,8 @@ def _classes(names: Sequence[str], path: Path, labelling: Labelling) -> list[str
             f"{path}: {names[below.index('.')]} lies beside the folders of classes, in none of "
             "them: move it into one, or give --no-labels"
         )
+
+    # one class for each folder
     if labelling == "flat":
         return below
     classes = [folder.partition("/")[0] for folder in below]
@@ -140,11 +147,13 @@ def _classes(names: Sequence[str], path: Path, labelling: Labelling) -> list[str
     return classes
 
 
-def _others(found: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Return a remark on files that do not end like an image, if there are any."""
-    taken = {*names, LABELS_FILE}
-    others = sorted(name for name in found if name not in taken and not is_hidden(name))
+def _unread_files(all_names: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return a remark on files without an image suffix, if there are any."""
+    read_names = {*names, LABELS_FILE}
+    others = sorted(n for n in all_names if n not in read_names and not is_hidden(n))
     if not others:
         return ()
     shown = ", ".join(others[:_OTHERS_NAMED]) + (", …" if len(others) > _OTHERS_NAMED else "")
-    return (f"not read, not ending like an image: {len(others)} of {len(found)} files: {shown}",)
+    return (
+        f"not read, not ending like an image: {len(others)} of {len(all_names)} files: {shown}",
+    )

@@ -1,4 +1,4 @@
-"""A source: pictures by index, in a fixed order, with their names and labels."""
+"""Picture source: pictures by index in a fixed order, with names and labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Split = Literal["train", "test"]
 
 
 class Unusable(Exception):
-    """Why one picture cannot be used."""
+    """A picture cannot be used; the text gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Source:
     """Pictures with their names and labels."""
 
     names: Sequence[str]
-    """One for each picture, for messages."""
+    """Name of each picture, for messages."""
     picture: Callable[[int], Image.Image]
-    """Opens a picture, which is decoded when its pixels are asked for. Raises Unusable."""
+    """Opens a picture by index; its pixels are decoded at first use. Raises Unusable."""
     labels: Sequence[int] | None = None
-    """One for each picture, from 0 up."""
+    """Label of each picture, from 0 up."""
     class_names: Sequence[str] | None = None
-    """The name of each class, where known."""
+    """Name of each class, if known."""
     padded_size: tuple[int, int] | None = None
-    """(W, H) to which pictures are not enlarged: they get a black border instead."""
+    """(W, H) that is reached by a black border instead of enlargement."""
     remarks: tuple[str, ...] = ()
-    """What the user should know of how this source was understood."""
+    """Sentences for the user on how the source was interpreted."""

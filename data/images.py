@@ -1,10 +1,10 @@
-"""Images of a zip or folder in the layout that StyleGAN and EDM use.
+"""Image set of a zip or folder in the layout of StyleGAN and EDM.
 
     00000/img00000000.png …   PNG or JPEG; any names, any depth; read in sorted order
     dataset.json              maybe: {"labels": [["00000/img00000000.png", 9], …]}
 
-All images of a set have one size and one number of channels (1 or 3). Nothing is resized,
-padded or recoloured here.
+All images of a set have one size and one number of channels (1 or 3). Nothing is resized, padded
+or converted in color.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 
 
 class Images(Dataset[Tensor]):
-    """The images of a zip or folder, sorted by name; an item is a uint8 tensor [C, H, W]."""
+    """Images of a zip or folder, sorted by name; an item is a uint8 tensor [C, H, W]."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -38,7 +38,7 @@ class Images(Dataset[Tensor]):
             raise UserError(f"{self.path} holds no PNG or JPEG image")
         labels = read_labels(self._files, self.names, self.path)
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
-        """[N] int64, or None where dataset.json is absent or gives none."""
+        """[N] int64, or None if dataset.json is absent or without labels."""
         self.image_shape: tuple[int, int, int] = tuple(self._decode(self.names[0]).shape)
         """(C, H, W) of every image."""
 
@@ -51,7 +51,7 @@ class Images(Dataset[Tensor]):
     def sha256(self) -> str:
         """Return a hash of names, labels and file bytes in sorted order.
 
-        A zip and the folder it was made of have the same one.
+        A zip and its unpacked folder have the same hash.
         """
         digest = hashlib.sha256()
         for index, name in enumerate(self.names):

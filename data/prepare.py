@@ -1,11 +1,11 @@
-"""Make a zip in the layout that StyleGAN and EDM use, and data.images reads, of any images.
+"""Conversion of any images to a zip in the layout of StyleGAN and EDM, which data.images reads.
 
     00000/img00000000.png …   PNG, uncompressed; the folder has the first five digits of the number
     dataset.json              {"labels": [["00000/img00000000.png", 9], …], "class_names": […]}
 
 The bytes of the zip are a function of the source's pixels and labels and of the options: times are
-fixed, and the PNG encoder is below. Whatever is done to a picture besides cropping and resizing is
-counted and said.
+fixed, and the PNG encoder is below. Changes of a picture besides cropping and resizing are counted
+and reported.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _OPAQUE = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
-"""Mode of an opaque picture -> mode of the image that is made of it."""
+"""Mode of an opaque picture -> mode of its image."""
 _ALPHA = {"RGBA": "RGB", "PA": "RGB", "LA": "L"}
 """Mode with transparency -> without."""
 _CHANNELS = {"L": 1, "RGB": 3}
 _RAW_16_BITS = re.compile(r"(L|LA|RGB|RGBA|RGBX|CMYK);16[BLNS]*")
-_KEPT_UPPER_BITS = "kept the upper 8 of 16 bits a channel"
-_TURNED = "turned as EXIF says"
-_LAID_ON_WHITE = "laid on white where transparent"
+_UPPER_BITS = "kept the upper 8 of 16 bits a channel"
+_ROTATED = "turned as EXIF says"
+_ON_WHITE = "laid on white where transparent"
 _UNDECODABLE = (
     *UNREADABLE,
     ArithmeticError,
@@ -61,7 +61,7 @@ _UNDECODABLE = (
     struct.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises on damaged files."""
+"""Exceptions of Pillow for damaged files."""
 _BROKEN_NAMED = 20
 _WORKERS = min(os.cpu_count() or 1, 8)
 _WAITING_PER_WORKER = 4
@@ -69,20 +69,20 @@ _WAITING_PER_WORKER = 4
 
 @dataclass(frozen=True)
 class Options:
-    """What is done to each picture."""
+    """Processing of each picture."""
 
     resolution: Size | None = None
-    """(W, H) of all images; None: they have one size already, and keep it."""
+    """(W, H) of all images; None: their common size."""
     crop: Literal["none", "center"] = "none"
-    """Whether the largest part of the wanted shape is cut out of the middle first."""
+    """center: cut the largest part with the target's aspect ratio out of the middle first."""
     filter: Literal["lanczos", "box", "bicubic"] = "lanczos"
-    """How pixels are resampled."""
+    """Resampling filter."""
     channels: Literal["1", "3", "keep"] = "keep"
-    """1 makes all images grey, 3 makes them RGB; keep: they are all one kind already."""
+    """1: convert to grey; 3: convert to RGB; keep: no conversion."""
 
 
 class Summary(NamedTuple):
-    """What stands in the zip."""
+    """Contents of the zip."""
 
     images: int
     size: Size
@@ -90,16 +90,16 @@ class Summary(NamedTuple):
     labels: list[int] | None
     class_names: list[str] | None
     left_out: dict[str, str]
-    """Name of each picture that could not be used -> why."""
+    """Name of each unusable picture -> reason."""
     changes: dict[str, int]
-    """What was done to pictures besides cropping and resizing -> how many."""
+    """Change besides cropping and resizing -> number of pictures."""
 
 
-class _Converted(NamedTuple):
+class _ConvertedImage(NamedTuple):
     image: Image.Image
     """L or RGB."""
     changes: list[str]
-    """What was done to it besides cropping and resizing."""
+    """Changes besides cropping and resizing."""
 
 
 def open_source(
@@ -107,7 +107,7 @@ def open_source(
 ) -> Source:
     """Return the pictures at a path: CIFAR-10 or MNIST as published, a folder, or a zip.
 
-    split is of the first two alone, and "train" unless given. Raises UserError where path holds no
+    split applies to CIFAR-10 and MNIST only, by default "train". Raises UserError if path holds no
     images, or labels that do not fit them.
     """
     if _cifar.is_at(path):
@@ -132,11 +132,11 @@ def prepare(
     overwrite: bool = False,
     show: Callable[[Iterable[int], int], Iterable[int]] = lambda indices, _: indices,
 ) -> Summary:
-    """Write a zip of the first images of a source (None: all), whole or not at all.
+    """Write a zip of the first images of a source (None: all), atomically.
 
-    show passes the indices on, and may say how far they are of how many. Raises UserError where
-    out may not be written, where sizes or channels differ, and, unless skip_broken, where
-    pictures cannot be used: all of them are read first.
+    show: progress display, a pass-through of indices. Raises UserError if out may not be written,
+    if sizes or channels differ, and, unless skip_broken, if pictures are unusable: then all are
+    read first, to list them.
     """
     _check_out(out, overwrite=overwrite)
     count = _count(source, images)
@@ -149,7 +149,7 @@ def prepare(
 
 
 class _Writer:
-    """Puts images of one kind into a zip, and remembers those that are none."""
+    """Writer of a zip of images with one size and mode; collects the unusable pictures."""
 
     def __init__(self, archive: zipfile.ZipFile, source: Source, *, skip_broken: bool) -> None:
         self._archive, self._source, self._skip_broken = archive, source, skip_broken
@@ -158,8 +158,8 @@ class _Writer:
         self._changes: Counter[str] = Counter()
         self._image = Image.new("L", (0, 0))
 
-    def add(self, index: int, result: _Converted | Unusable) -> None:
-        """Write one image, unless it or one before it cannot be used."""
+    def add(self, index: int, result: _ConvertedImage | Unusable) -> None:
+        """Write one image, unless it or an earlier one is unusable."""
         if isinstance(result, Unusable):
             self._broken[self._source.names[index]] = str(result)
             return
@@ -173,25 +173,28 @@ class _Writer:
         self._written.append(index)
 
     def finish(self, count: int) -> Summary:
-        """Write the labels; raise UserError where pictures could not be used."""
+        """Write the labels. Raises UserError if pictures were unusable."""
         if self._broken and not (self._skip_broken and self._written):
             raise UserError(_broken_sentence(self._broken, count))
-        labels, class_names = self._source.labels, self._source.class_names
-        kept = None if labels is None else [int(labels[index]) for index in self._written]
-        named = list(class_names) if class_names is not None and kept is not None else None
-        _store(self._archive, LABELS_FILE, _metadata(kept, named))
+
+        # labels of the written images
+        all_labels, class_names = self._source.labels, self._source.class_names
+        labels = None if all_labels is None else [int(all_labels[i]) for i in self._written]
+        class_names = None if class_names is None or labels is None else list(class_names)
+        _store(self._archive, LABELS_FILE, _metadata(labels, class_names))
+
         return Summary(
             images=len(self._written),
             size=self._image.size,
             channels=_CHANNELS[self._image.mode],
-            labels=kept,
-            class_names=named,
+            labels=labels,
+            class_names=class_names,
             left_out=self._broken,
             changes=dict(self._changes),
         )
 
     def _check_same(self, index: int, image: Image.Image) -> None:
-        """Raise UserError unless an image has size and channels of the first."""
+        """Raise UserError unless an image has the size and mode of the first."""
         first, name = self._source.names[self._written[0]], self._source.names[index]
         if image.size != self._image.size:
             raise UserError(
@@ -209,10 +212,10 @@ class _Writer:
 # One picture ------------------------------------------------------------------------------------
 
 
-def _try(source: Source, index: int, options: Options) -> _Converted | Unusable:
-    """Return one picture as an image of the set, or why it cannot be one.
+def _try(source: Source, index: int, options: Options) -> _ConvertedImage | Unusable:
+    """Return one picture as an image of the set, or the reason against it.
 
-    Raises UserError where the picture is fine and the options do not fit it.
+    Raises UserError if the options do not fit a usable picture.
     """
     try:
         picture, changes = _opaque(source.picture(index))
@@ -223,24 +226,24 @@ def _try(source: Source, index: int, options: Options) -> _Converted | Unusable:
     if options.channels != "keep":
         picture = picture.convert("L" if options.channels == "1" else "RGB")
     image, more_changes = _fit(picture, source, index, options)
-    return _Converted(image, changes + more_changes)
+    return _ConvertedImage(image, changes + more_changes)
 
 
-def _opaque(picture: Image.Image) -> _Converted:
+def _opaque(picture: Image.Image) -> _ConvertedImage:
     """Return a picture upright, 8-bit, L or RGB, without transparency. Raises Unusable."""
     frames = getattr(picture, "n_frames", 1)
     if frames > 1 and picture.format != "MPO":  # a JPEG with a second view behind it
         raise Unusable(f"it has {frames} frames: an animation, or several pages")
-    changes = [_KEPT_UPPER_BITS] * _has_16_bits(picture)
-    is_turned = picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    changes += [_TURNED] * is_turned
+    changes = [_UPPER_BITS] * _has_16_bits(picture)
+    is_rotated = picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    changes += [_ROTATED] * is_rotated
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in _ALPHA or "transparency" in picture.info:
-        picture, is_seen = _on_white(picture)
-        changes += [_LAID_ON_WHITE] * is_seen
+        picture, is_visible = _on_white(picture)
+        changes += [_ON_WHITE] * is_visible
     if picture.mode in ("CMYK", "YCbCr"):
         changes.append(f"converted from {picture.mode} to RGB, without a colour profile")
-    return _Converted(_eight_bits(picture, has_16_bits=_KEPT_UPPER_BITS in changes), changes)
+    return _ConvertedImage(_eight_bits(picture, has_16_bits=_UPPER_BITS in changes), changes)
 
 
 def _has_16_bits(picture: Image.Image) -> bool:
@@ -255,7 +258,7 @@ def _has_16_bits(picture: Image.Image) -> bool:
 
 
 def _eight_bits(picture: Image.Image, *, has_16_bits: bool) -> Image.Image:
-    """Return an opaque picture as L or RGB."""
+    """Return an opaque picture converted to L or RGB."""
     if picture.mode.startswith("I") and has_16_bits:
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode not in _OPAQUE:
@@ -264,7 +267,7 @@ def _eight_bits(picture: Image.Image, *, has_16_bits: bool) -> Image.Image:
 
 
 def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
-    """Return a picture before white, and whether any white is seen."""
+    """Return a picture composed on white, and whether any pixel was transparent."""
     mode = _ALPHA.get(picture.mode) or _OPAQUE[picture.mode]
     layer = picture.convert("RGBA")
     lowest_alpha, _ = layer.getchannel("A").getextrema()
@@ -272,37 +275,40 @@ def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
     return Image.alpha_composite(white, layer).convert(mode), lowest_alpha < 255
 
 
-def _fit(picture: Image.Image, source: Source, index: int, options: Options) -> _Converted:
-    """Return an image in the wanted resolution. Raises UserError where its shape is another."""
-    wanted = options.resolution
-    if wanted is None or picture.size == wanted:
-        return _Converted(picture, [])
-    if source.padded_size == wanted:
-        return _padded(picture, wanted)
-    left, top, right, bottom = box = _largest_box(picture.size, wanted)
+def _fit(picture: Image.Image, source: Source, index: int, options: Options) -> _ConvertedImage:
+    """Return an image of the target resolution. Raises UserError if its aspect ratio differs."""
+    # no change, or a border
+    target = options.resolution
+    if target is None or picture.size == target:
+        return _ConvertedImage(picture, [])
+    if source.padded_size == target:
+        return _pad(picture, target)
+
+    # crop and resize
+    left, top, right, bottom = box = _largest_box(picture.size, target)
     if options.crop == "none" and (right - left, bottom - top) != picture.size:
         raise UserError(
-            f"{source.names[index]} is {_text(picture.size)}, another shape than {_text(wanted)}: "
+            f"{source.names[index]} is {_text(picture.size)}, another shape than {_text(target)}: "
             "give --crop center to cut the largest part of that shape out of the middle"
         )
-    is_smaller = right - left < wanted[0] or bottom - top < wanted[1]
-    part = picture.crop(box)  # resize's own box lets the pixels around it leak in
-    image = part.resize(wanted, FILTERS[options.filter])
-    return _Converted(image, [f"enlarged to {_text(wanted)}"] * is_smaller)
+    is_smaller = right - left < target[0] or bottom - top < target[1]
+    part = picture.crop(box)  # resize(box=…) would mix in pixels around it
+    image = part.resize(target, FILTERS[options.filter])
+    return _ConvertedImage(image, [f"enlarged to {_text(target)}"] * is_smaller)
 
 
-def _padded(picture: Image.Image, wanted: Size) -> _Converted:
-    """Return a picture with black around it."""
-    image = Image.new(picture.mode, wanted)
+def _pad(picture: Image.Image, target: Size) -> _ConvertedImage:
+    """Return a picture with a black border."""
+    image = Image.new(picture.mode, target)
     width, height = picture.size
-    image.paste(picture, ((wanted[0] - width) // 2, (wanted[1] - height) // 2))
-    return _Converted(
-        image, [f"given a black border from {_text(picture.size)} to {_text(wanted)}"]
+    image.paste(picture, ((target[0] - width) // 2, (target[1] - height) // 2))
+    return _ConvertedImage(
+        image, [f"given a black border from {_text(picture.size)} to {_text(target)}"]
     )
 
 
 def _largest_box(size: Size, shape: Size) -> tuple[int, int, int, int]:
-    """Return (left, top, right, bottom) of the largest part in a shape, around the middle."""
+    """Return (left, top, right, bottom) of the largest centered box with an aspect ratio."""
     width, height = size
     scale = min(width / shape[0], height / shape[1])
     inner_width, inner_height = (max(1, round(side * scale)) for side in shape)
@@ -315,7 +321,7 @@ def _text(size: Size) -> str:
 
 
 def _in_order(function: Callable[[int], _Result], count: int) -> Generator[_Result]:
-    """Yield function(0), function(1), …, a few of them at work at a time."""
+    """Yield function(0), function(1), …, computed by a pool of threads with a bounded queue."""
     with ThreadPoolExecutor(_WORKERS) as pool:
         waiting: deque[Future[_Result]] = deque()
         try:
@@ -334,15 +340,15 @@ def _in_order(function: Callable[[int], _Result], count: int) -> Generator[_Resu
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Return a PNG without compression, the same with every library, of uint8 [H, W] or [H, W, 3].
+    """Return an uncompressed PNG, independent of library versions, of uint8 [H, W] or [H, W, 3].
 
     No row is filtered, and the zlib stream is of stored blocks (RFC 1950 and 1951).
     """
     height, width = pixels.shape[:2]
-    colour_type = 0 if pixels.ndim == 2 else 2
+    color_type = 0 if pixels.ndim == 2 else 2
     rows = np.zeros((height, 1 + pixels.size // height), np.uint8)  # first byte: filter 0, none
     rows[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", _zlib_stored(rows.tobytes())), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, content) for kind, content in chunks)
 
@@ -367,7 +373,7 @@ def _name(index: int) -> str:
 
 def _store(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system, entry.external_attr = 3, 0o644 << 16  # on every system as on Unix
+    entry.create_system, entry.external_attr = 3, 0o644 << 16  # Unix values on every system
     archive.writestr(entry, content)
 
 
@@ -397,8 +403,8 @@ def _count(source: Source, images: int | None) -> int:
     return len(source.names) if images is None else images
 
 
-def listed(broken: Mapping[str, str]) -> list[str]:
-    """Return a line for each picture that cannot be used, up to twenty, then how many more."""
+def broken_lines(broken: Mapping[str, str]) -> list[str]:
+    """Return a line for each unusable picture, up to twenty, and the number of further ones."""
     lines = [f"  {name}: {why}" for name, why in itertools.islice(broken.items(), _BROKEN_NAMED)]
     more = len(broken) - len(lines)
     return [*lines, f"  and {more} more"] if more else lines
@@ -408,4 +414,6 @@ def _broken_sentence(broken: dict[str, str], count: int) -> str:
     end = "mend or remove them"
     if len(broken) < count:
         end += ", or leave them out with --skip-broken"
-    return "\n".join([f"{len(broken)} of {count} images cannot be used:", *listed(broken), end])
+    return "\n".join(
+        [f"{len(broken)} of {count} images cannot be used:", *broken_lines(broken), end]
+    )

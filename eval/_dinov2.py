@@ -1,7 +1,7 @@
-"""DINOv2's vision transformer (Oquab et al., TMLR 2024), for features alone.
+"""DINOv2's vision transformer (Oquab et al., TMLR 2024), for features only.
 
-Parameter names are those of the published files, so that they load with strict=True; width, depth
-and grid are read off the tensors. Left out: registers, masks, and the SwiGLU layers of ViT-g.
+Parameter names are those of the published files, which load with strict=True; width, depth and grid
+follow from the shapes of the tensors. Left out: registers, masks, and the SwiGLU layers of ViT-g.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 _HEAD_WIDTH = 64
 _OFFSET = 0.1
-"""Added to the grid's size when positions are resampled, as the published networks do it."""
+"""Added to the grid's size in the resampling of positions, as in the published networks."""
 
 
 class DINOv2(nn.Module):
-    """Images [N, 3, H, W], normalised, sides multiples of the patch -> class token [N, width]."""
+    """DINOv2: normalized images [N, 3, H, W], sides multiples of the patch -> [N, width]."""
 
     def __init__(self, *, width: int, depth: int, patch: int, grid: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class DINOv2(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the class token after the last normalisation."""
+        """Return the class token after the last normalization."""
         height, width = (side // self.patch for side in images.shape[2:])
         patches = self.patch_embed["proj"](images).flatten(2).mT  # [N, height width, self.width]
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
@@ -64,7 +64,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> DINOv2:
 
 
 class _Block(nn.Module):
-    """Attention and two layers, each after a normalisation and scaled before it is added."""
+    """Residual block of attention and MLP, each with a pre-normalization and a layer scale."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

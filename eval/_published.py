@@ -1,8 +1,8 @@
-"""The published networks whose features metrics compare, from files that are read as data.
+"""Published feature networks of metrics, from files that are read as data.
 
-Inception, CLIP and VGG16 are torch-fidelity's; DINOv2 is ours, since torch-fidelity runs whatever
-code its authors' repository holds at the time. All take uint8 images of any size, as torch-fidelity
-resizes and normalises them.
+Inception, CLIP and VGG16 are torch-fidelity's; DINOv2 is ours, since torch-fidelity runs the
+current code of its authors' repository. All accept uint8 images of any size, with torch-fidelity's
+resizing and normalization.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 
 
 class Source(NamedTuple):
-    """Where published weights are, and what they must be."""
+    """URL and hash of published weights."""
 
     url: str
     sha256: str
@@ -65,7 +65,7 @@ SOURCES = {
 
 
 class Published(NamedTuple):
-    """A network, and which file it came from."""
+    """A published network, with name and hash of its weights file."""
 
     name: str
     sha256: str
@@ -73,11 +73,11 @@ class Published(NamedTuple):
     function: Callable[[Tensor], Tensor]
     """uint8 [N, 3, H, W] on its device -> features [N, D]."""
     head: Callable[[Tensor], Tensor] | None = None
-    """Features -> logits [N, K], where it tells classes apart."""
+    """Features -> logits [N, K]; None without a classifier head."""
 
 
 def load(name: str, file: str, device: torch.device) -> Published:
-    """Return the network of a name in SOURCES. file: its weights; "" downloads them once."""
+    """Return a network by its name in SOURCES. file: its weights; "" downloads them once."""
     builders = {"inception": _inception, "vgg16": _vgg16, "clip": _clip, "dinov2": _dino}
     build = builders[name.partition("-")[0]]
     source = SOURCES[name]
@@ -86,7 +86,7 @@ def load(name: str, file: str, device: torch.device) -> Published:
 
 
 def plain_tensors(path: Path, *, what: str) -> dict[str, Tensor]:
-    """Return the tensors of a file that torch.save wrote. Raises UserError for anything else."""
+    """Return the tensors of a torch.save file. Raises UserError for any other file."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, UnpicklingError) as error:
@@ -99,7 +99,7 @@ def plain_tensors(path: Path, *, what: str) -> dict[str, Tensor]:
 def _inception(name: str, path: Path, device: torch.device) -> Published:
     """Return Inception v3 with the original FID weights: 2048 features, 1008 classes.
 
-    The logits are those without the bias, of which Inception Scores are made.
+    The logits are without bias, as in Inception Scores.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -120,9 +120,7 @@ def _inception(name: str, path: Path, device: torch.device) -> Published:
 
 
 def _vgg16(name: str, path: Path, device: torch.device) -> Published:
-    """Return VGG16 after its second hidden layer of 4096, on which precision and recall are
-    published.
-    """
+    """Return VGG16 up to its second hidden layer of 4096, for published precision and recall."""
     from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
     try:
@@ -135,16 +133,16 @@ def _vgg16(name: str, path: Path, device: torch.device) -> Published:
 
 
 def _clip(name: str, path: Path, device: torch.device) -> Published:
-    """Return the image half of a CLIP.
+    """Return the image encoder of CLIP.
 
-    OpenAI publishes programs (TorchScript), not tensors: only files of the published checksums are
-    opened.
+    OpenAI publishes programs (TorchScript), not tensors: only files with the published checksums
+    are opened.
     """
     from torch_fidelity.feature_extractor_clip import FeatureExtractorCLIP
 
     local_file(path, sha256=SOURCES[name].sha256)
     with warnings.catch_warnings():
-        # Newer versions of torch would read programs of another kind; these are what there is.
+        # deprecated by newer versions of torch, but the only published format
         warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
         network = FeatureExtractorCLIP(
             name, ["clip"], feature_extractor_weights_path=str(path), verbose=False
@@ -154,7 +152,7 @@ def _clip(name: str, path: Path, device: torch.device) -> Published:
 
 
 def _dino(name: str, path: Path, device: torch.device) -> Published:
-    """Return a DINOv2, whose features are its class token after the last normalisation."""
+    """Return DINOv2 with its class token after the last normalization as features."""
     from torch_fidelity.interpolate_compat_tensorflow import (
         interpolate_bilinear_2d_like_tensorflow1x as resize,
     )
@@ -174,16 +172,13 @@ def _dino(name: str, path: Path, device: torch.device) -> Published:
 
 
 def _identity(name: str, path: Path) -> tuple[str, str]:
-    """Return the name to show, with the file's where it is not the published one, and the hash."""
+    """Return name and hash; the name includes the file's unless it is the published one."""
     sha256 = sha256_of(path)
     return name if sha256 == SOURCES[name].sha256 else f"{name}:{path.name}", sha256
 
 
 def _copy(path: Path, *, what: str) -> io.BytesIO:
-    """Return the weights written again by us.
-
-    torch-fidelity unpickles whatever file it is given, so it gets only this.
-    """
+    """Return the weights in a new torch.save file: torch-fidelity unpickles its input."""
     copy = io.BytesIO()
     torch.save(plain_tensors(path, what=what), copy)
     copy.seek(0)

@@ -1,9 +1,9 @@
-"""Real images, or their statistics, as others publish them.
+"""Published real images and published statistics of real images.
 
-    cifar-10-python.tar.gz       the images themselves; of them the training images count
-    NAME-inception-….pkl         statistics that StyleGAN's programs keep of a data set
+    cifar-10-python.tar.gz       the training images
+    NAME-inception-….pkl         statistics of a data set in the format of StyleGAN's programs
 
-Both hold pickles, which are read as data (pretrained.nvidia_pickle): nothing in them can run.
+Both contain pickles, which are read as data (pretrained.nvidia_pickle): no code in them runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ARCHIVES = (".tar", ".tgz", ".tar.gz")
 
 
 class Archive:
-    """The images of a published archive, in its order; an item is a uint8 tensor [C, H, W]."""
+    """Images of a published archive, in its order; an item is a uint8 tensor [C, H, W]."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class Archive:
 
     @cached_property
     def sha256(self) -> str:
-        """Return a hash of all pixels, in the order of the images."""
+        """Return a hash of all pixels in the order of the images."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             digest.update(self[index].numpy().tobytes())
@@ -52,62 +52,67 @@ class Archive:
 
 
 class FullData(NamedTuple):
-    """What a file of StyleGAN's holds of a whole data set."""
+    """Statistics of a whole data set from a file of StyleGAN's."""
 
     mean: Tensor
     """[D] float64."""
     covariance: Tensor
-    """[D, D] float64, normalised by count - 1."""
+    """[D, D] float64, normalized by count - 1."""
     images: int
     features: Tensor | None
-    """[images, D] float32, where all of them were kept."""
+    """[images, D] float32, or None without the features of all images."""
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """The fields of the file that count here."""
+class _Fields:
+    """Fields of the file."""
 
     images: int
     sums: tuple[np.ndarray, np.ndarray] | None
-    """Of the features, [D], and of their products, [D, D]."""
+    """raw_mean [D] and raw_cov [D, D]: sums of the features and of their products."""
     features: np.ndarray | None
     """[images, D]"""
 
 
 def read_full_data(path: Path) -> FullData:
-    """Return the statistics of a file that StyleGAN's programs keep of a data set.
+    """Return the statistics of a data set from a file of StyleGAN's programs.
 
-    It holds sums over the images; the published distance normalises the covariance of them by the
-    count, ours by one less, as its other references are. Raises UserError for anything else.
+    The file has sums over the images. The published distance normalizes the covariance by the
+    count, ours by count - 1, as for all other references. Raises UserError for any other file.
     """
-    stored = _stored(path)
-    features = None if stored.features is None else torch.from_numpy(stored.features).float()
-    if stored.sums is not None:
-        first, second = (torch.from_numpy(total.astype(np.float64)) for total in stored.sums)
-        mean = first / stored.images
+    fields = _read_fields(path)
+    features = None if fields.features is None else torch.from_numpy(fields.features).float()
+    if fields.sums is not None:
+        first, second = (torch.from_numpy(total.astype(np.float64)) for total in fields.sums)
+        mean = first / fields.images
         scatter = second - torch.outer(first, mean)
-        return FullData(mean, scatter / (stored.images - 1), stored.images, features)
+        return FullData(mean, scatter / (fields.images - 1), fields.images, features)
     assert features is not None
     moments = FeatureStatistics.of(features)
-    return FullData(moments.mean, moments.covariance, stored.images, features)
+    return FullData(moments.mean, moments.covariance, fields.images, features)
 
 
-def _stored(path: Path) -> _Stored:
-    """Return the fields of a file, checked against each other."""
-    found = nvidia_pickle.plain(path.read_bytes(), what=str(path))
-    if not isinstance(found, dict) or not {"num_items", "raw_mean", "raw_cov"} <= found.keys():
+def _read_fields(path: Path) -> _Fields:
+    """Return the fields of a file after checks of types and shapes."""
+    # count
+    content = nvidia_pickle.plain(path.read_bytes(), what=str(path))
+    if not isinstance(content, dict) or not {"num_items", "raw_mean", "raw_cov"} <= content.keys():
         raise UserError(
             f"{path} is a pickle, but not of statistics as StyleGAN's programs keep them: expected "
             "num_items, raw_mean and raw_cov"
         )
-    images, mean, products = found["num_items"], found["raw_mean"], found["raw_cov"]
+    images, mean, products = content["num_items"], content["raw_mean"], content["raw_cov"]
     if type(images) is not int or images < 2:
         raise UserError(f"{path} holds statistics of {images!r} images: 2 are needed at least")
-    features = _features(found.get("all_features"), images)
+
+    # features and sums, at least one of the two
+    features = _features(content.get("all_features"), images)
     if not (isinstance(mean, np.ndarray) and isinstance(products, np.ndarray)):
         if features is None:
             raise UserError(f"{path} holds neither means and covariances nor all features")
-        return _Stored(images, None, features)
+        return _Fields(images, None, features)
+
+    # shapes and values of the sums
     if mean.ndim != 1 or products.shape != (len(mean), len(mean)):
         raise UserError(
             f"{path}: raw_mean has shape {mean.shape} and raw_cov {products.shape}; "
@@ -115,11 +120,11 @@ def _stored(path: Path) -> _Stored:
         )
     if not (np.isfinite(mean).all() and np.isfinite(products).all()):
         raise UserError(f"{path} holds numbers that are not finite")
-    return _Stored(images, (mean, products), features)
+    return _Fields(images, (mean, products), features)
 
 
 def _features(parts: object, images: int) -> np.ndarray | None:
-    """Return all features, if these are those of all images."""
+    """Return the features [images, D], or None unless they are those of all images."""
     if not isinstance(parts, list) or not parts:
         return None
     if not all(isinstance(part, np.ndarray) and part.ndim == 2 for part in parts):

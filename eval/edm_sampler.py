@@ -1,9 +1,8 @@
 """EDM's sampler (Karras et al. 2022, arXiv 2206.00364), deterministic and stochastic.
 
 Heun's method of second order on dx/dsigma = (x - D(x; sigma)) / sigma, with the steps of Eq. 5
-(Algorithm 1), and with noise added before each step, as much as is asked for (Algorithm 2). A
-recipe may set each of its numbers; one that is left open is what the teacher's authors used. Left
-out: guidance, and the schedules of the paper's ablations.
+(Algorithm 1), and optional noise before each step (Algorithm 2). Each setting defaults to the value
+of the teacher's authors. Left out: guidance, and the schedules of the paper's ablations.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ from core.roles import Denoiser
 from pretrained.networks import family_of
 
 NoiseOf = Callable[[int], Tensor]
-"""From the number of a step, 0 first, to unit normals [N, C, H, W]."""
+"""Step number from 0 -> unit normals [N, C, H, W]."""
 
 
 class Config(Section):
-    """How a diffusion model is sampled; null is as its authors did."""
+    """Settings of the sampler; null: the published setting of the network."""
 
     steps: int | None = Field(default=None, ge=1)
-    """N: noise levels above 0, each two network passes, the last one."""
+    """N: number of noise levels above 0, with two network passes each, one for the last."""
     sigma_min: float | None = Field(default=None, gt=0)
-    """Smallest of them, in pixel units; not below what the network was made for."""
+    """Smallest noise level in pixel units, clamped to the network's range."""
     sigma_max: float | None = Field(default=None, gt=0)
-    """Largest of them, in pixel units; not above what the network was made for."""
+    """Largest noise level in pixel units, clamped to the network's range."""
     rho: float | None = Field(default=None, gt=0)
-    """How much shorter the steps are at low noise levels; 1 makes all of them equal."""
+    """Exponent of the noise levels: larger values give shorter steps at low noise; 1: equal."""
     churn: float | None = Field(default=None, ge=0)
-    """S_churn: how much noise is added on the way, over all steps; 0 adds none."""
+    """S_churn: amount of added noise over all steps; 0: deterministic."""
     churn_sigma_min: float | None = Field(default=None, ge=0)
-    """S_tmin: no noise is added below this level, in pixel units."""
+    """S_tmin: smallest noise level with added noise, in pixel units."""
     churn_sigma_max: float | None = Field(default=None, gt=0)
-    """S_tmax: no noise is added above this level, in pixel units."""
+    """S_tmax: largest noise level with added noise, in pixel units."""
     churn_noise: float | None = Field(default=None, gt=0)
-    """S_noise: standard deviation of the noise that is added; a little over 1 keeps detail."""
+    """S_noise: standard deviation of the added noise; slightly above 1 preserves detail."""
 
     @model_validator(mode="after")
     def _ranges_are_not_empty(self) -> Config:
@@ -55,7 +54,7 @@ class Config(Section):
 
 
 class Settings(NamedTuple):
-    """A sampler's settings, none of them open; the words of `Config`."""
+    """Complete settings of the sampler, documented in `Config`."""
 
     steps: int = 18
     sigma_min: float = 0.002
@@ -68,11 +67,11 @@ class Settings(NamedTuple):
 
 
 def published(denoiser: Denoiser) -> Settings:
-    """Return what the authors of EDM and EDM2 sampled a network of this kind with.
+    """Return the published sampler settings for a kind of network.
 
     18 steps up to 32x32, 40 above; 32 for EDM2: the published programs' settings. 256 with churn
-    for ADM of a thousand classes (EDM, Table 5: twice as much where it was trained as iDDPM).
-    Networks that nobody published, the mixture of Gaussians too, go by their size.
+    for ADM of a thousand classes (EDM, Table 5: twice as much with iDDPM preconditioning). For
+    unpublished networks, including the mixture of Gaussians, the settings depend on the size.
     """
     config = getattr(denoiser, "config", None)
     if family_of(cast(nn.Module, denoiser)) == "edm2":
@@ -86,12 +85,12 @@ def published(denoiser: Denoiser) -> Settings:
 
 
 def settings_for(denoiser: Denoiser, config: Config) -> Settings:
-    """Return the published settings with those on top that are given.
+    """Return the published settings, overridden by those of the config.
 
-    Raises UserError where the two together, or the denoiser's own range, leave no noise levels.
+    Raises UserError if they leave no noise levels in the denoiser's range.
     """
-    given = {name: value for name, value in config.model_dump().items() if value is not None}
-    settings = published(denoiser)._replace(**given)
+    overrides = {name: value for name, value in config.model_dump().items() if value is not None}
+    settings = published(denoiser)._replace(**overrides)
     least, most = _range(denoiser, settings.sigma_min, settings.sigma_max)
     if least > most:
         raise UserError(
@@ -107,10 +106,10 @@ def settings_for(denoiser: Denoiser, config: Config) -> Settings:
 
 
 def described(denoiser: Denoiser, config: Config) -> str:
-    """Return `settings_for` the denoiser in words, and how many network passes an image takes."""
+    """Return a sentence with the settings and the number of network passes for an image."""
     settings = settings_for(denoiser, config)
-    named = ", ".join(f"{name} {value:g}" for name, value in settings._asdict().items())
-    return f"Heun, {named}: {2 * settings.steps - 1} network passes"
+    values = ", ".join(f"{name} {value:g}" for name, value in settings._asdict().items())
+    return f"Heun, {values}: {2 * settings.steps - 1} network passes"
 
 
 def sample(
@@ -121,7 +120,7 @@ def sample(
     *,
     config: Config,
 ) -> Tensor:
-    """Return images [N, C, H, W] as `heun` makes them with `settings_for` the denoiser."""
+    """Return images [N, C, H, W] of `heun` with `settings_for` the denoiser."""
     settings = settings_for(denoiser, config)
     return heun(denoiser, latents, labels, noise=noise, **settings._asdict())
 
@@ -131,8 +130,8 @@ def sigma_steps(
 ) -> Tensor:
     """Return [steps + 1] float64 noise levels from sigma_max down to sigma_min, then 0.
 
-    sigma_i^(1/rho) goes in equal steps from sigma_max^(1/rho) to sigma_min^(1/rho) (EDM, Eq. 5).
-    One step goes from sigma_max to 0 at once. Raises ValueError where the range is empty.
+    sigma_i^(1/rho) are evenly spaced from sigma_max^(1/rho) to sigma_min^(1/rho) (EDM, Eq. 5); with
+    one step the levels are sigma_max and 0. Raises ValueError if the range is empty.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
@@ -161,44 +160,49 @@ def heun(
     churn_noise: float = 1.0,
     noise: NoiseOf | None = None,
 ) -> Tensor:
-    """Return images [N, C, H, W] float32, about [-1, 1], without graph (EDM, Algorithms 1 and 2).
+    """Return images [N, C, H, W] float32, about [-1, 1], detached (EDM, Algorithms 1 and 2).
 
-    latents: [N, C, H, W] unit normal. labels: [N] int64 or None. Puts the range inside the
-    denoiser's own and each level where the denoiser rounds it to (`round_sigma`), makes
-    2 steps - 1 network passes, adds the steps up in float64. Put the denoiser in eval mode first.
-    churn: S_churn, which needs noise; between the levels S_tmin and S_tmax, both included, the
-    image is first taken up to (1 + gamma) sigma, gamma = min(S_churn / steps, 2^(1/2) - 1). Raises
-    ValueError where churn is negative or has no noise, or the range is empty.
+    latents: [N, C, H, W] unit normal. labels: [N] int64 or None. The range is clamped to the
+    denoiser's, each level is rounded by its `round_sigma`; 2 steps - 1 network passes; steps are
+    summed in float64. The denoiser must be in eval mode. churn: S_churn, which needs noise; at
+    levels in [S_tmin, S_tmax] noise is added up to (1 + gamma) sigma, with
+    gamma = min(S_churn / steps, 2^(1/2) - 1). Raises ValueError if churn is negative or without
+    noise, or if the range is empty.
     """
+    # check the arguments
     if churn < 0:
         raise ValueError(f"churn is {churn}, expected at least 0")
     if churn > 0 and noise is None:
         raise ValueError(f"churn is {churn}, and no noise is given to add")
+
+    # noise levels, raised by churn, rounded to the denoiser's
     least, most = _range(denoiser, sigma_min, sigma_max)
     levels = sigma_steps(steps, sigma_min=least, sigma_max=most, rho=rho).to(latents.device)
-    rounded = getattr(denoiser, "round_sigma", lambda sigma: sigma)  # to those that it knows
-    levels[:-1] = rounded(levels[:-1])
+    round_sigma = getattr(denoiser, "round_sigma", lambda sigma: sigma)
+    levels[:-1] = round_sigma(levels[:-1])
     gamma = min(churn / steps, math.sqrt(2) - 1)
-    churned = (churn_sigma_min <= levels) & (levels <= churn_sigma_max)
-    raised = torch.where(churned, rounded(levels + gamma * levels), levels)
+    in_churn_range = (churn_sigma_min <= levels) & (levels <= churn_sigma_max)
+    raised = torch.where(in_churn_range, round_sigma(levels + gamma * levels), levels)
+
+    # Heun steps
     images = latents.double() * levels[0]
     ladder = torch.stack((levels[:-1], raised[:-1], levels[1:]), dim=1)  # [steps, 3]
     for step, (sigma, higher, next_sigma) in enumerate(ladder.tolist()):
         if higher > sigma:
             assert noise is not None
-            added = churn_noise * math.sqrt(higher**2 - sigma**2)
-            images = images + added * noise(step).double()
+            scale = churn_noise * math.sqrt(higher**2 - sigma**2)
+            images = images + scale * noise(step).double()
         slope = _slope(denoiser, images, labels, sigma=higher)
-        moved = images + (next_sigma - higher) * slope
+        next_images = images + (next_sigma - higher) * slope
         if next_sigma > 0:
-            slope = (slope + _slope(denoiser, moved, labels, sigma=next_sigma)) / 2
-            moved = images + (next_sigma - higher) * slope
-        images = moved
+            slope = (slope + _slope(denoiser, next_images, labels, sigma=next_sigma)) / 2
+            next_images = images + (next_sigma - higher) * slope
+        images = next_images
     return images.float()
 
 
 def _range(denoiser: Denoiser, sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """Return the smallest and the largest noise level that are inside the denoiser's range."""
+    """Return the smallest and the largest noise level, clamped to the denoiser's range."""
     return max(sigma_min, denoiser.sigma_min), min(sigma_max, denoiser.sigma_max)
 
 

@@ -1,16 +1,16 @@
-"""Feature extractors: images to the vectors that metrics compare.
+"""Feature extractors: the networks behind metrics, from images to feature vectors.
 
-    inception         Inception v3 with the original FID weights, 2048 features: the usual one
-    vgg16             VGG16 of ImageNet, 4096 features, on which precision and recall are published
+    inception         Inception v3 with the original FID weights, 2048 features: the standard
+    vgg16             VGG16 of ImageNet, 4096 features, for published precision and recall
     clip-vit-b-32     CLIP, 512 features; also vit-b-16, vit-l-14
     dinov2-vit-b-14   DINOv2, 768 features; also vit-s-14, vit-l-14
     NAME:FILE         any of these from a local file, here inception:WEIGHTS.pth
     mnist32           the digit classifier of the embedded default, 64 features
     NET.safetensors   any classifier of the family below
-    pixels            the pixels themselves, for tutorials and tests: no network at all
+    pixels            the pixels themselves, without a network, for tutorials and tests
 
-Distances of different extractors have nothing to do with each other, so an extractor carries its
-name and hash everywhere. The published networks stand in _published.py.
+Distances of different extractors are not comparable, so every result stores the extractor's name
+and hash. The published networks are in _published.py.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _MOST_PIXELS = 8192
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named function from images to features, and the hash of the weights in it."""
+    """A feature extractor with its name and the hash of its weights."""
 
     name: str
     sha256: str
     dimensions: int | None
-    """Features of an image; None: as many as the image has values."""
+    """Size of the feature vector; None: the number of values of an image."""
     device: torch.device
     function: Callable[[Tensor], Tensor]
     """uint8 [N, C, H, W] on the device -> [N, D]."""
     head: Callable[[Tensor], Tensor] | None = None
-    """Features [N, D] on the device -> logits of classes [N, K]; None: it tells none apart."""
+    """Features [N, D] on the device -> logits of classes [N, K]; None without a classifier head."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return features [N, D] float32, on its device, for images uint8 [N, C, H, W]."""
+        """Return features [N, D] float32 on the device for images uint8 [N, C, H, W]."""
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
                 f"images must be uint8 [N, C, H, W], got {images.dtype} {tuple(images.shape)}"
@@ -60,13 +60,13 @@ class Extractor:
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Extractor:
-    """Return the extractor of that name, or of a classifier's weights file."""
+    """Return the extractor of a name, or of a classifier's weights file."""
     device = torch.device(device)
     if name == "pixels":
         return _pixels(device)
     kind, _, file = name.partition(":")
     if kind in _published.SOURCES:
-        return _of(_published.load(kind, file, device), device)
+        return _published_extractor(_published.load(kind, file, device), device)
     if name == "mnist32" or name.endswith(".safetensors"):
         return _classifier(Path(name).name, classifier_path(name), device)
     raise UserError(
@@ -77,7 +77,7 @@ def load(name: str, device: torch.device | str = "cpu") -> Extractor:
 
 
 def weights_of(name: str) -> str | None:
-    """Return path or URL of an extractor's weights; None for one that this program carries."""
+    """Return path or URL of an extractor's weights; None for an embedded one."""
     if name in ("mnist32", "pixels"):
         return None
     kind, _, file = name.partition(":")
@@ -96,13 +96,13 @@ class Config(Section):
     width: int = Field(default=16, ge=1)
     """Channels after the first convolution; later layers have up to four times as many."""
     num_classes: int = Field(default=10, ge=2)
-    """Classes it tells apart."""
+    """Number of classes."""
     feature_dim: int = Field(default=64, ge=1)
     """Size of the penultimate layer, whose activations are the features."""
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier, fast on a CPU; its last hidden layer is the features."""
+    """A small convolutional classifier for CPUs; its last hidden layer is the feature vector."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Classifier(nn.Module):
 def save_classifier(
     path: str | Path, classifier: Classifier, *, provenance: Mapping[str, object]
 ) -> None:
-    """Write a classifier that `load` and `read_classifier` read."""
+    """Write a classifier in the format of `load` and `read_classifier`."""
     files.save(
         Path(path),
         family="classifier",
@@ -151,8 +151,8 @@ def read_classifier(path: str | Path) -> Classifier:
     """Return the classifier of a weights file, in eval mode and without gradients."""
     stored = files.read(path)
     if not isinstance(stored, files.SavedNetwork) or stored.family != "classifier":
-        found = getattr(stored, "family", "a pickle of generators or denoisers")
-        raise UserError(f"{path} holds {found}; a feature extractor needs the family classifier")
+        kind = getattr(stored, "family", "a pickle of generators or denoisers")
+        raise UserError(f"{path} holds {kind}; a feature extractor needs the family classifier")
     classifier = Classifier(validate(Config, stored.config, source=str(path)))
     try:
         classifier.load_state_dict(stored.tensors)
@@ -202,8 +202,8 @@ def _pixels(device: torch.device) -> Extractor:
     )
 
 
-def _of(published: _published.Published, device: torch.device) -> Extractor:
-    """Return the extractor of a published network, which sees one channel as three equal ones."""
+def _published_extractor(published: _published.Published, device: torch.device) -> Extractor:
+    """Return the extractor of a published network; one-channel images are repeated to three."""
 
     def function(images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
@@ -224,5 +224,5 @@ def _of(published: _published.Published, device: torch.device) -> Extractor:
 
 
 def _to_unit_range(images: Tensor) -> Tensor:
-    """Return float32 in [-1, 1] for uint8."""
+    """Return uint8 images as float32 in [-1, 1]."""
     return images.to(torch.float32) / 127.5 - 1

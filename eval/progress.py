@@ -1,10 +1,10 @@
-"""How far a measurement is: a bar on a terminal, elsewhere a plain line once in a while.
+"""Progress display of an evaluation: a bar on a terminal, otherwise a plain line at intervals.
 
-    with show(50_000) as advance:      Show: told how many images are to come
-        advance(250)                   Advance: told how many have come
+    with show(50_000) as advance:      Show: total number of images
+        advance(250)                   Advance: number of newly finished images
 
-Both are plain callables, so that whoever measures imports no terminal. Only time is looked at: a
-measurement of a few seconds says nothing.
+Both are plain callables, so evaluations do not depend on a terminal. Evaluations of a few seconds
+display nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from core.distributed import World
 
 Advance = Callable[[int], None]
-"""Takes how many more images are done."""
+"""Function of the number of newly finished images."""
 Show = Callable[[int], AbstractContextManager[Advance]]
-"""Takes how many images are to be done in all."""
+"""Function of the total number of images."""
 
 _FIRST_LINE_SECONDS = 15.0
 _LONGEST_PAUSE_SECONDS = 120.0
@@ -37,13 +37,13 @@ def silent(images: int) -> Iterator[Advance]:
 
 
 def of_rank(world: World) -> Show:
-    """Return what shows progress on stderr; on all ranks but the first, what shows nothing."""
+    """Return the display on stderr for rank 0, and the silent one for other ranks."""
     return on_stderr if world.is_main else silent
 
 
 @contextmanager
 def on_stderr(images: int) -> Iterator[Advance]:
-    """Show images done, images per second and the time left."""
+    """Show finished images, images per second and the remaining time."""
     if not sys.stderr.isatty():
         yield Lines(images, lambda line: click.echo(line, err=True)).advance
         return
@@ -62,8 +62,8 @@ def on_stderr(images: int) -> Iterator[Advance]:
 
 
 class Lines:
-    """Says how far it is 15 seconds after the start, then after pauses of twice the length each, up
-    to 2 minutes.
+    """Display of plain lines: the first after 15 seconds, then at intervals that double up to 2
+    minutes.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Lines:
         self._pause = _FIRST_LINE_SECONDS
 
     def advance(self, done: int) -> None:
-        """Take how many more images are done; say so where it is time."""
+        """Add newly finished images; print a line if one is due."""
         self._done = min(self._done + done, self._images)
         now = self._clock()
         if now - self._said_at < self._pause or self._done == self._images:

@@ -1,12 +1,12 @@
-"""Reference statistics: the features of real images, from an image set or from a file.
+"""Reference statistics: features of real images, computed from an image set or read from a file.
 
-    images.zip, a folder   measured once and kept in the cache, by content and extractor
+    images.zip, a folder   computed once and cached by content and extractor
     cifar-10-python.tar.gz likewise
-    ours.npz               written by `save_npz`: mu, sigma and what they were measured on
-    published.npz          mu and sigma of 2048 Inception features, as EDM publishes them
-    published.pkl          their sums, as StyleGAN's programs keep them
+    ours.npz               written by `save_npz`: mu, sigma and their origin
+    published.npz          mu and sigma of 2048 Inception features, in the format of EDM
+    published.pkl          sums of these features, in the format of StyleGAN's programs
 
-A source may be a URL. No image of it reaches a training step: references only measure.
+A source may be a URL. Reference images are for evaluation only, never for training.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from eval.progress import Show, silent
 _log = logging.getLogger(__name__)
 _SINGLE = World.single()
 _OTHER_ZIPS = (".npz", ".pt", ".pth", ".ckpt", ".bin")
-"""Names under which torch saves zips that hold no images."""
+"""Suffixes of NumPy's and torch's zip files, which are no image sets."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The mean and covariance of real images' features, and where they come from."""
+    """Mean and covariance of the features of real images, and their origin."""
 
     mean: Tensor
     """[D] float64."""
@@ -55,17 +55,17 @@ class Reference:
     source: str
     """Name of the image set or file."""
     sha256: str
-    """Hash of the images (`Images.sha256`), or of the file where only statistics were published."""
+    """Hash of the images (`Images.sha256`), or of the file for published statistics."""
     images: int | None
-    """How many images; None where a published file does not say."""
+    """Number of images; None if unknown (published files)."""
     image_shape: tuple[int, int, int] | None
-    """(C, H, W) of the images; None where a published file does not say."""
+    """(C, H, W) of the images; None if unknown (published files)."""
     extractor: str
     """Name of the extractor."""
     extractor_sha256: str | None
-    """Hash of the extractor's weights; None where a published file does not say."""
+    """Hash of the extractor's weights; None if unknown (published files)."""
     halves_fid: float | None = None
-    """Fréchet distance of every other image to the rest: what chance leaves; None: not known."""
+    """Fréchet distance between even and odd images, the floor of the FID; None: unknown."""
     features: Tensor | None = None
     """[M, D] float32 of some or all images, in their order; None where they were not kept."""
     classes: None = None
@@ -84,11 +84,12 @@ def reference_statistics(
 ) -> Reference:
     """Return the reference of images or of a file of statistics (above), given as a path or a URL.
 
-    keep: how many images' features are kept, and which; None keeps mean and covariance only.
-    cache: folder of kept references, by default `references` in the project's cache folder.
-    world: all its ranks call this, share the images, and get the same. show: shows how far it is.
-    Raises UserError where the source cannot be read or does not fit the extractor.
+    keep: number and seed of the images whose features are kept; None keeps mean and covariance
+    only. cache: folder of computed references, by default `references` in the project's cache
+    folder. world: all ranks call this, share the images, and return the same reference. show:
+    progress display. Raises UserError if the source is unreadable or does not fit the extractor.
     """
+    # a file of statistics
     with distributed.main_first(world):
         path = local_file(source)
     if path.suffix == ".npz":
@@ -96,15 +97,19 @@ def reference_statistics(
         return replace(stored, features=None) if keep is None else stored
     if path.suffix == ".pkl":
         return _read_pkl(path, extractor, keep=keep)
+
+    # images in the cache
     images = image_set(path)
     if len(images) < 2:
         raise UserError(f"{path} holds one image: reference statistics need at least 2")
     sha256 = distributed.from_main(images.sha256 if world.is_main else "", world)
     folder = cache_path("references").parent / "references" if cache is None else cache
-    kept = "" if keep is None else f"-{keep.kept_images}-{keep.random_seed}"
-    path = folder / f"{sha256[:24]}-{extractor.sha256[:24]}{kept}.npz"
-    if _is_there_for_all(path, world):
+    suffix = "" if keep is None else f"-{keep.kept_images}-{keep.random_seed}"
+    path = folder / f"{sha256[:24]}-{extractor.sha256[:24]}{suffix}.npz"
+    if _is_cached_everywhere(path, world):
         return read_npz(path, extractor)
+
+    # new images
     reference = measure(
         images, extractor, sha256=sha256, keep=keep, batch_size=batch_size, world=world, show=show
     )
@@ -113,14 +118,15 @@ def reference_statistics(
     return reference
 
 
-def _is_there_for_all(path: Path, world: World) -> bool:
-    """Return whether every rank finds the file: machines may have caches of their own."""
+def _is_cached_everywhere(path: Path, world: World) -> bool:
+    """Return whether the file exists on every rank: each machine may have its own cache."""
     return not distributed.any_rank(not path.exists(), world)
 
 
 def is_image_set(path: Path) -> bool:
-    """Return whether a path is, by its content, one that `image_set` opens or says what is wrong
-    with: a folder, an archive, or a zip that is not one of NumPy's or torch's.
+    """Return whether a path is an image set: a folder, an archive, or a zip but NumPy's or torch's.
+
+    Judged by the content; the set itself may still be invalid.
     """
     if path.is_dir() or path.name.endswith(_published_sets.ARCHIVES):
         return True
@@ -137,7 +143,7 @@ class ImageSet(Protocol):
 
     @property
     def sha256(self) -> str:
-        """A hash of the images."""
+        """Hash of the images."""
         ...
 
     def __len__(self) -> int: ...
@@ -146,9 +152,9 @@ class ImageSet(Protocol):
 
 
 def image_set(path: Path) -> ImageSet:
-    """Return the images of a zip, a folder, or of CIFAR-10 as published for Python.
+    """Return the images of a zip, a folder, or of CIFAR-10's archive for Python.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     if path.name.endswith(_published_sets.ARCHIVES):
         return _published_sets.Archive(path)
@@ -167,12 +173,15 @@ def measure(
 ) -> Reference:
     """Return the reference of an image set, from the features of all its images.
 
-    sha256: that of the images, where it is known. keep, world and show: as above. The number of
-    ranks changes the statistics by rounding only.
+    sha256: hash of the images, if known. keep, world and show: as in `reference_statistics`. The
+    number of ranks changes the statistics by rounding only.
     """
     _log.info("reading %d reference images of %s", len(images), images.path)
-    taken = _collected(images, extractor, keep=keep, batch_size=batch_size, world=world, show=show)
-    both = taken.even.merge(taken.odd)
+    collected = _collect(
+        images, extractor, keep=keep, batch_size=batch_size, world=world, show=show
+    )
+    both = collected.even.merge(collected.odd)
+
     return Reference(
         mean=both.mean.cpu(),
         covariance=both.covariance.cpu(),
@@ -182,23 +191,23 @@ def measure(
         image_shape=images.image_shape,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
-        halves_fid=frechet_distance(taken.even, taken.odd) if len(images) >= 4 else None,
-        features=taken.whole.features,
+        halves_fid=frechet_distance(collected.even, collected.odd) if len(images) >= 4 else None,
+        features=collected.whole.features,
     )
 
 
-class _Taken(NamedTuple):
-    """What is kept of an image set's features."""
+class _Parts(NamedTuple):
+    """Statistics of an image set's features."""
 
     whole: Collected
-    """The features themselves, where they are wanted."""
+    """The kept features, if any."""
     even: Collected
-    """The moments of images 0, 2, 4, …"""
+    """Moments of images 0, 2, 4, …"""
     odd: Collected
-    """Those of images 1, 3, 5, …"""
+    """Moments of images 1, 3, 5, …"""
 
 
-def _collected(
+def _collect(
     images: ImageSet,
     extractor: Extractor,
     *,
@@ -206,8 +215,9 @@ def _collected(
     batch_size: int,
     world: World,
     show: Show,
-) -> _Taken:
-    """Return what is kept of all images, the same on every rank."""
+) -> _Parts:
+    """Return the statistics of all images, the same on every rank."""
+    # this rank's share
     if len(images) < 2 * world.size:  # too few for each rank to have an even and an odd one
         world = World.single(world.device)
     share = distributed.shard(len(images), world)
@@ -219,6 +229,8 @@ def _collected(
         random_seed=0 if keep is None else keep.random_seed,
         first=share.start,
     )
+
+    # features in batches, split by the parity of the image's index
     first = share.start
     with show(len(images)) as advance:
         for batch in DataLoader(Subset(images, share), batch_size=batch_size):
@@ -229,29 +241,30 @@ def _collected(
                     half.add(features[start::2])
             first += len(batch)
             advance(len(batch) * world.size)  # the other ranks are about as far
-    return _Taken(*(merged_over_ranks(part.collected, world) for part in (whole, even, odd)))
+
+    return _Parts(*(merged_over_ranks(part.collected, world) for part in (whole, even, odd)))
 
 
 def of_samples(
-    made: Collected, *, source: str, extractor: Extractor, shape: tuple[int, int, int]
+    collected: Collected, *, source: str, extractor: Extractor, shape: tuple[int, int, int]
 ) -> Reference:
-    """Return what was collected of generated images as a reference; no file of them has a hash."""
+    """Return the statistics of generated images as a reference; its sha256 is empty."""
     return Reference(
-        mean=made.mean.cpu(),
-        covariance=made.covariance.cpu(),
+        mean=collected.mean.cpu(),
+        covariance=collected.covariance.cpu(),
         source=source,
         sha256="",
-        images=made.images,
+        images=collected.images,
         image_shape=shape,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
-        features=made.features,
+        features=collected.features,
     )
 
 
 def save_npz(path: str | Path, reference: Reference) -> None:
-    """Write a reference: mu and sigma under their usual names, features where they were kept, all
-    else as JSON under `meta`.
+    """Write a reference: arrays mu and sigma, the kept features if any, other fields as JSON in
+    `meta`.
     """
     meta = {name: getattr(reference, name) for name in _Meta.model_fields}
     arrays = {"mu": reference.mean.numpy(), "sigma": reference.covariance.numpy()}
@@ -262,7 +275,7 @@ def save_npz(path: str | Path, reference: Reference) -> None:
 
 
 def read_npz(path: str | Path, extractor: Extractor) -> Reference:
-    """Return the reference of a .npz, ours or published, checked to fit the extractor."""
+    """Return the reference of a .npz, ours or published. Raises UserError unless it fits."""
     path = Path(path)
     arrays = _read_arrays(path)
     mean, covariance = _moments(path, arrays)
@@ -272,8 +285,8 @@ def read_npz(path: str | Path, extractor: Extractor) -> Reference:
     else:
         meta = _published_meta(path, len(mean), extractor)
     _check_dimensions(path, len(mean), extractor)
-    kept = _features(path, arrays, dimensions=len(mean))
-    return Reference(mean, covariance, **meta.model_dump(), features=kept)
+    features = _features(path, arrays, dimensions=len(mean))
+    return Reference(mean, covariance, **meta.model_dump(), features=features)
 
 
 def _read_pkl(path: Path, extractor: Extractor, *, keep: registry.Config | None) -> Reference:
@@ -283,10 +296,10 @@ def _read_pkl(path: Path, extractor: Extractor, *, keep: registry.Config | None)
     _check_dimensions(path, len(stored.mean), extractor)
     features = None
     if keep is not None and stored.features is not None:
-        kept = kept_indices(stored.images, keep.kept_images, keep.random_seed)
-        features = stored.features[kept]
-    known = meta.model_dump() | {"images": stored.images}
-    return Reference(stored.mean, stored.covariance, **known, features=features)
+        rows = kept_indices(stored.images, keep.kept_images, keep.random_seed)
+        features = stored.features[rows]
+    fields = meta.model_dump() | {"images": stored.images}
+    return Reference(stored.mean, stored.covariance, **fields, features=features)
 
 
 def _check_dimensions(path: Path, dimensions: int, extractor: Extractor) -> None:
@@ -298,7 +311,7 @@ def _check_dimensions(path: Path, dimensions: int, extractor: Extractor) -> None
 
 
 class _Meta(BaseModel):
-    """The fields of `Reference` beside its arrays, as they stand in a file."""
+    """Fields of `Reference` other than its arrays, in the JSON of a file."""
 
     source: str
     sha256: str
@@ -312,8 +325,8 @@ class _Meta(BaseModel):
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            wanted = {"mu", "sigma", "features", "meta"}
-            return {name: archive[name] for name in archive.files if name in wanted}
+            names = {"mu", "sigma", "features", "meta"}
+            return {name: archive[name] for name in archive.files if name in names}
     except (
         OSError,
         ValueError,
@@ -348,12 +361,13 @@ def _features(path: Path, arrays: dict[str, np.ndarray], *, dimensions: int) -> 
     """Return the kept features [M, D] in float32, if any."""
     if "features" not in arrays:
         return None
-    found = arrays["features"]
-    if found.ndim != 2 or found.shape[1] != dimensions or not np.isfinite(found).all():
+    features = arrays["features"]
+    if features.ndim != 2 or features.shape[1] != dimensions or not np.isfinite(features).all():
         raise UserError(
-            f"{path}: features has shape {found.shape}; expected finite numbers [M, {dimensions}]"
+            f"{path}: features has shape {features.shape}; "
+            f"expected finite numbers [M, {dimensions}]"
         )
-    return torch.from_numpy(found.astype(np.float32))
+    return torch.from_numpy(features.astype(np.float32))
 
 
 def _read_meta(path: Path, array: np.ndarray) -> _Meta:
@@ -380,7 +394,7 @@ def _check_extractor(path: Path, meta: _Meta, extractor: Extractor) -> None:
 
 
 def _published_meta(path: Path, dimensions: int, extractor: Extractor) -> _Meta:
-    """Return what is known of a file of moments alone: by convention they are Inception's."""
+    """Return the fields for a file of moments only, which by convention are Inception's."""
     if extractor.name != "inception":
         raise UserError(
             f"{path} holds {dimensions} features an image of an unnamed extractor, by convention "

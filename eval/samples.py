@@ -1,7 +1,7 @@
-"""Images from seeds, and what is measured on them.
+"""Images from seeds, and pairs of images for reports.
 
-A seed stands for one image, whatever batch, rank or device makes it: its latent and label
-are the first draws of NumPy's RandomState(seed), the convention of the published StyleGAN programs.
+A seed determines one image, independent of batch, rank and device: its latent and label are the
+first draws of NumPy's RandomState(seed), the convention of the published StyleGAN programs.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from core.errors import UserError
 
 
 class Inputs(NamedTuple):
-    """What a student is fed."""
+    """Inputs of a student."""
 
     latents: Tensor
     """[N, *latent_shape] float32."""
     labels: Tensor | None
-    """[N] int64, None where there are no classes."""
+    """[N] int64, None for an unconditional network."""
 
 
 def latents_and_labels(
     seeds: Sequence[int], *, latent_shape: tuple[int, ...], num_classes: int
 ) -> Inputs:
-    """Return the inputs of these seeds: of each stream unit normals, then a uniform label."""
+    """Return the inputs of the seeds: unit normals, then a uniform label, of each seed's stream."""
     latents = np.empty((len(seeds), *latent_shape), dtype=np.float32)
     labels = np.zeros(len(seeds), dtype=np.int64)
     stream = np.random.RandomState(0)
     for row, seed in enumerate(seeds):
-        stream.seed(seed)  # the same stream as a new RandomState(seed), seventy times sooner
+        stream.seed(seed)  # the stream of a new RandomState(seed), seventy times faster
         latents[row] = stream.standard_normal(latent_shape)
         if num_classes:
             labels[row] = stream.randint(num_classes)
@@ -43,24 +43,24 @@ def latents_and_labels(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Return uint8 images for floats of about [-1, 1]: 127.5 x + 128, clipped, fraction dropped."""
+    """Return floats of about [-1, 1] as uint8: 127.5 x + 128, clamped and truncated."""
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 Sampler = Callable[[nn.Module, Tensor, Tensor | None, Callable[[int], Tensor]], Tensor]
-"""(denoiser, latents, labels [N] or None, step -> noise) to images in about [-1, 1]."""
+"""(denoiser, latents, labels [N] or None, step -> noise) -> images in about [-1, 1]."""
 ImagesOf = Callable[[Sequence[int]], Tensor]
-"""From seeds to their images, uint8 [n, C, H, W]."""
+"""Seeds -> their images, uint8 [n, C, H, W]."""
 
 
 def images_of_seeds(
     network: nn.Module, sampler: Sampler | None = None, *, device: torch.device | str
 ) -> ImagesOf:
-    """Return a function from seeds to a network's images; eval mode, no gradients, and every
-    module's mode is as before. The function raises UserError where an image is not finite.
+    """Return a function from seeds to a network's images, in eval mode and without gradients.
 
-    sampler: how a denoiser is sampled, whose latents have the shape of its images; None: the
-    network makes images in one pass.
+    sampler: sampler of a denoiser, whose latents have the shape of its images; None: the network is
+    a student. The function restores each module's mode; it raises UserError for images that are
+    not finite.
     """
 
     def images_of(seeds: Sequence[int]) -> Tensor:
@@ -68,17 +68,17 @@ def images_of_seeds(
         latents, labels = latents.to(device), None if labels is None else labels.to(device)
         with evaluating(network):
             if sampler is None:
-                made = network(latents, labels)
+                images = network(latents, labels)
             else:
-                made = sampler(network, latents, labels, partial(_noise, seeds, like=latents))
-        _check_finite(made, seeds)
-        return to_uint8(made)
+                images = sampler(network, latents, labels, partial(_noise, seeds, like=latents))
+        _check_finite(images, seeds)
+        return to_uint8(images)
 
     return images_of
 
 
 def _noise(seeds: Sequence[int], step: int, *, like: Tensor) -> Tensor:
-    """Return what a sampler adds at a step: the first unit normals of RandomState([seed, step])."""
+    """Return a sampler's noise at a step: the first unit normals of RandomState([seed, step])."""
     shape = like.shape[1:]
     noise = np.empty((len(seeds), *shape), dtype=np.float32)
     stream = np.random.RandomState(0)
@@ -99,13 +99,13 @@ def _check_finite(images: Tensor, seeds: Sequence[int]) -> None:
 
 
 def inputs_of(network: nn.Module, seeds: Sequence[int]) -> Inputs:
-    """Return what a student, or the sampler of a denoiser, is fed for these seeds."""
+    """Return the inputs of a student, or of a denoiser's sampler, for the seeds."""
     shape = getattr(network, "latent_shape", network.image_shape)
     return latents_and_labels(seeds, latent_shape=shape, num_classes=network.num_classes)
 
 
 class Pairs(NamedTuple):
-    """Images of one student before and after, from the same seeds."""
+    """Images of one student before and after refinement, from the same seeds."""
 
     seeds: tuple[int, ...]
     before: Tensor
@@ -113,19 +113,19 @@ class Pairs(NamedTuple):
     after: Tensor
     """[N, C, H, W] uint8, on the CPU."""
     labels: tuple[int, ...] | None
-    """Class of each pair, None where there are no classes."""
+    """Class of each pair, None for an unconditional student."""
     teacher: Tensor | None = None
-    """The teacher's own samples, [N, C, H, W] uint8, where it starts from the same latents."""
+    """Samples of the teacher from the same latents, [N, C, H, W] uint8; None for other shapes."""
 
 
 class Neighbours(NamedTuple):
-    """Images that come nearest to real ones."""
+    """Generated images with the smallest distances to real images."""
 
     seeds: tuple[int, ...]
     generated: Tensor
     """[N, C, H, W] uint8, on the CPU."""
     real: Tensor
-    """[N, C, H, W] uint8: of each the nearest real image."""
+    """[N, C, H, W] uint8: the nearest real image of each."""
 
 
 def pairs(
@@ -136,8 +136,9 @@ def pairs(
     labels: Tensor | None,
     teacher: ImagesOf | None = None,
 ) -> Pairs:
-    """Return the images that two versions of a student make of these seeds. labels: their classes,
-    [N], or None.
+    """Return the images of two versions of a student for the seeds.
+
+    labels: classes of the seeds, [N], or None.
     """
     return Pairs(
         tuple(seeds),
@@ -149,27 +150,30 @@ def pairs(
 
 
 def pair_seeds(network: nn.Module, count: int, *, first_seed: int = 0) -> list[int]:
-    """Return a picture's seeds: pair k shows class k modulo num_classes, lowest seeds first."""
+    """Return the seeds of a figure: pair k has class k modulo num_classes, lowest seeds first."""
     if not network.num_classes:
         return list(range(first_seed, first_seed + count))
-    wanted = [index % network.num_classes for index in range(count)]
-    found: dict[int, list[int]] = {label: [] for label in wanted}
+
+    # search seeds in order until every class has enough
+    classes = [index % network.num_classes for index in range(count)]
+    seeds: dict[int, list[int]] = {label: [] for label in classes}
     missing = count
     seed = first_seed
     while missing:
         labels = inputs_of(network, [seed]).labels
         assert labels is not None
         label = int(labels[0])
-        if len(found.get(label, ())) < wanted.count(label):
-            found[label].append(seed)
+        if len(seeds.get(label, ())) < classes.count(label):
+            seeds[label].append(seed)
             missing -= 1
         seed += 1
-    return [found[label].pop(0) for label in wanted]
+
+    return [seeds[label].pop(0) for label in classes]
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Run the body without gradients, in eval mode; then restore each module's mode."""
+    """Set a network to eval mode without gradients in the body; then restore each module's mode."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:

@@ -1,5 +1,5 @@
-"""What stands in for the globals that network pickles ask for: plain functions that build tensors,
-NumPy numbers and containers, and refuse by name whatever could do more.
+"""Allow-list of globals in network pickles: each is replaced by a plain function that builds
+tensors, NumPy numbers or containers. Any other global is refused by name.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _NUMBER_CODE = re.compile(r"[<=|]?[biufc]\d{1,2}")
 
 
 class Refused(Exception):
-    """The name of what a file asked for and does not get."""
+    """A global or an operation of the pickle is not allowed; the text names it."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """What stands in for a global: the name that the file used, and what a call of it gives."""
+    """Replacement of a global: its name in the file, and the function to call."""
 
     name: str
     call: Callable[..., object]
 
 
 class Located(bytes):
-    """Bytes that know where in the file they begin."""
+    """Bytes with their position in the file."""
 
     position: int
 
@@ -43,32 +43,35 @@ class Storage:
     """The values of one or more tensors."""
 
     values: Tensor
-    """All of them, flat."""
+    """All values, flat."""
     position: int | None
-    """Where in the file they begin; None where they do not stand there as they are in memory."""
+    """Offset of the values in the file; None if the file encodes them differently from memory."""
 
 
 def typed(value: object, kind: type[_Kind]) -> _Kind:
-    """Return the value. Raises TypeError where it is of another kind."""
+    """Return the value. Raises TypeError if it is of another type."""
     if not isinstance(value, kind):
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
     return value
 
 
-# Stand-ins for what builds tensors --------------------------------------------------------------
+# Replacements of constructors of tensors --------------------------------------------------------
 
 
 def storage(content: bytes) -> Storage:
-    """Return a storage from the bytes of a torch.save inside the pickle: its values come last."""
-    if typed(content, bytes).startswith(b"PK"):  # torch writes none here, and a zip may inflate
+    """Return a storage from a torch.save inside the pickle; its values are the last bytes."""
+    # read by torch's own restricted unpickler
+    if typed(content, bytes).startswith(b"PK"):  # never written by torch here; a zip could inflate
         raise Refused("a zip archive inside a storage")
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+\w)", str(error))
-        if named is None:
+        match = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        if match is None:
             raise
-        raise Refused(f"{named[1]} inside a storage") from error
+        raise Refused(f"{match[1]} inside a storage") from error
+
+    # flat values, and their position in the file
     if not isinstance(loaded, torch.TypedStorage):
         raise Refused(f"a {type(loaded).__name__} inside a storage")
     values = torch.empty(0, dtype=loaded.dtype).set_(loaded)  # pyright: ignore[reportArgumentType]
@@ -91,15 +94,17 @@ def part(
     if math.prod(size) > values.numel():
         raise Refused("a tensor that is larger than its storage")
     view = values.as_strided(size, stride, offset)  # checks the bounds; set_ would grow the storage
-    whole = view.numel() == values.numel()
-    return view.contiguous() if whole else view.clone(memory_format=torch.contiguous_format)
+    is_whole_storage = view.numel() == values.numel()
+    return (
+        view.contiguous() if is_whole_storage else view.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _parameter(data: Tensor, requires_grad: bool, hooks: object) -> Tensor:
     return typed(data, Tensor)
 
 
-# Stand-ins for what builds NumPy numbers and arrays ---------------------------------------------
+# Replacements of constructors of NumPy numbers and arrays ---------------------------------------
 
 
 def _dtype(code: str, align: bool = False, copy: bool = True) -> np.dtype:
@@ -109,7 +114,7 @@ def _dtype(code: str, align: bool = False, copy: bool = True) -> np.dtype:
 
 
 def check_dtype_state(state: tuple[object, ...]) -> None:
-    """Refuse all but little-endian numbers; the constructor has set all that there is to set."""
+    """Raise Refused unless the dtype is of little-endian numbers; its state is set already."""
     _version, order, *structure = state[:5]
     if order not in ("<", "|", "=") or structure != [None, None, None]:
         raise Refused("a numpy.dtype of other than little-endian numbers")
@@ -171,7 +176,7 @@ CALLS: dict[tuple[str, str], Callable[..., object]] = {
     **{(f"numpy.{c}.multiarray", "_reconstruct"): _empty_array for c in ("core", "_core")},
     **{(f"numpy.{c}.numeric", "_frombuffer"): _array_from_buffer for c in ("core", "_core")},
 }
-"""Functions and classes by module and name, and what a call of each gives."""
+"""(module, name) of a function or class -> the function called in its place."""
 DTYPES: dict[tuple[str, str], object] = {
     ("torch", name): getattr(torch, name)
     for name in (
@@ -179,4 +184,4 @@ DTYPES: dict[tuple[str, str], object] = {
         *("uint8", "int8", "int16", "int32", "int64"),
     )
 }
-"""Constants by module and name."""
+"""(module, name) of a constant -> its value."""

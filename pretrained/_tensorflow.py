@@ -1,9 +1,9 @@
-"""StyleGAN2's networks as TensorFlow wrote them, turned into names and layouts of the PyTorch ones.
+"""Conversion of StyleGAN2's TensorFlow networks to the names and layouts of the PyTorch ones.
 
 A pickle of `dnnlib.tflib.network.Network` objects holds for each network its constructor arguments
 and its variables, with the mapping and synthesis networks as components (StyleGAN2, and StyleGAN2-
 ADA for TensorFlow). Layouts: dense weights [in, out], convolutions [height, width, in, out], and
-those that upsample turned by 180 degrees; style biases stand there without the 1 they start from.
+those that upsample rotated by 180 degrees; style biases lack the 1 that they start from.
 StyleGAN (2018), ProGAN, configurations A to D of StyleGAN2 and its labels before ADA are left out.
 """
 
@@ -28,7 +28,7 @@ _OLDEST_VERSION = 4
 
 @dataclass(frozen=True, eq=False)
 class TensorflowNetwork:
-    """What stands in for a Network: its state as data."""
+    """State of a pickled Network, as data."""
 
     state: dict[str, object] = field(default_factory=dict)
 
@@ -39,18 +39,18 @@ class TensorflowNetwork:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """Return the arguments of that function, as they were given."""
+        """Return the arguments of that function."""
         return typed(self.state["static_kwargs"], dict)
 
     @property
     def module_source(self) -> str:
-        """Return the source that came with it, which must not run."""
+        """Return its embedded source code, which must not be run."""
         return typed(self.state["build_module_src"], str)
 
     def variables(self) -> dict[str, np.ndarray]:
         """Return its variables and those of its components by name, float32.
 
-        Raises UserError where it is older than StyleGAN2 or its components have components.
+        Raises UserError if it is older than StyleGAN2 or its components have components.
         """
         version = typed(self.state["version"], int)
         if version < _OLDEST_VERSION:
@@ -58,13 +58,13 @@ class TensorflowNetwork:
                 f"its TensorFlow networks are of version {version}, from before StyleGAN2: "
                 f"expected {_OLDEST_VERSION} or later"
             )
-        found = dict(_own_variables(self))
+        variables = dict(_own_variables(self))
         for prefix, component in typed(self.state.get("components", {}), dict).items():
             below = typed(component, TensorflowNetwork)
             if below.state.get("components"):
                 raise UserError(f"its TensorFlow network {prefix} is made of others, unlike any")
-            found.update((f"{prefix}/{name}", value) for name, value in _own_variables(below))
-        return found
+            variables.update((f"{prefix}/{name}", value) for name, value in _own_variables(below))
+        return variables
 
 
 def _own_variables(network: TensorflowNetwork) -> Iterator[tuple[str, np.ndarray]]:
@@ -80,16 +80,16 @@ class Generator(NamedTuple):
 
 
 def generator(network: TensorflowNetwork) -> Generator:
-    """Return arguments and state dict of a StyleGAN2 generator in the published PyTorch names.
+    """Return arguments and state dict of a StyleGAN2 generator under the published PyTorch names.
 
-    Raises UserError that names the first argument or variable with no place there.
+    Raises UserError that names the first argument or variable without an equivalent.
     """
     arguments = _arguments(network.arguments)
     tensors = {}
     for name, value in network.variables().items():
         if name == "lod" or (name.startswith("synthesis/noise") and not arguments["use_noise"]):
             continue
-        key, layout = _place(name)
+        key, layout = _pytorch_name(name)
         tensors[key] = torch.from_numpy(np.array(layout(value), order="C"))
     return Generator(arguments, {**tensors, **_filters(tensors, arguments["resample_filter"])})
 
@@ -113,7 +113,7 @@ _DEFAULTS: dict[str, tuple[str, object]] = {
     "use_noise": ("use_noise", True),
     "nonlinearity": ("activation", "lrelu"),
 }
-"""TensorFlow's name of an argument -> PyTorch's, and the value where it was not given."""
+"""TensorFlow's name of an argument -> PyTorch's name, and the default."""
 _MAPPING_DEFAULTS: dict[str, tuple[str, object]] = {
     "mapping_layers": ("num_layers", 8),
     "label_fmaps": ("embed_features", None),
@@ -132,14 +132,14 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def _arguments(given: Mapping[str, object]) -> dict[str, object]:
-    known = {*_DEFAULTS, *_MAPPING_DEFAULTS, *_WITHOUT_EFFECT}
+    names = {*_DEFAULTS, *_MAPPING_DEFAULTS, *_WITHOUT_EFFECT}
     for name in given:
-        if name not in known:
+        if name not in names:
             raise UserError(f"its TensorFlow generator has the argument {name!r}, unknown here")
-    found = {new: given.get(old, default) for old, (new, default) in _DEFAULTS.items()}
+    arguments = {new: given.get(old, default) for old, (new, default) in _DEFAULTS.items()}
     mapping = {new: given.get(old, default) for old, (new, default) in _MAPPING_DEFAULTS.items()}
-    found["channel_base"] = typed(found["channel_base"], int) * 2  # it counts from half the size
-    return {**found, "mapping_kwargs": mapping}
+    arguments["channel_base"] = typed(arguments["channel_base"], int) * 2  # of half the resolution
+    return {**arguments, "mapping_kwargs": mapping}
 
 
 # Variables --------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _convolution(value: np.ndarray) -> np.ndarray:
     return value.transpose(3, 2, 0, 1)
 
 
-def _turned_convolution(value: np.ndarray) -> np.ndarray:
+def _rotated_convolution(value: np.ndarray) -> np.ndarray:
     return value[::-1, ::-1].transpose(3, 2, 0, 1)
 
 
@@ -190,25 +190,29 @@ _PARTS: dict[str, tuple[str, _Layout]] = {
 _UPSAMPLING = ("Conv0_up", "Skip")
 
 
-def _place(name: str) -> tuple[str, _Layout]:
-    """Return the published PyTorch name of a variable, and how its layout changes."""
+def _pytorch_name(name: str) -> tuple[str, _Layout]:
+    """Return the published PyTorch name of a variable, and the conversion of its layout."""
+    # mapping network
     if name == "dlatent_avg":
         return "mapping.w_avg", _as_is
-    if found := re.fullmatch(r"mapping/(?:(LabelEmbed)|Dense(\d+))/(weight|bias)", name):
-        layer = "embed" if found[1] else f"fc{found[2]}"
-        return f"mapping.{layer}.{found[3]}", _dense if found[3] == "weight" else _as_is
-    if found := re.fullmatch(r"synthesis/noise(\d{1,2})", name):
-        index = int(found[1])  # 0 at 4x4, then two for each resolution
+    if match := re.fullmatch(r"mapping/(?:(LabelEmbed)|Dense(\d+))/(weight|bias)", name):
+        layer = "embed" if match[1] else f"fc{match[2]}"
+        return f"mapping.{layer}.{match[3]}", _dense if match[3] == "weight" else _as_is
+
+    # synthesis network
+    if match := re.fullmatch(r"synthesis/noise(\d{1,2})", name):
+        index = int(match[1])  # 0 at 4x4, then two for each resolution
         return f"synthesis.b{2 ** ((index + 5) // 2)}.conv{1 - index % 2}.noise_const", _noise
     if name == "synthesis/4x4/Const/const":
         return "synthesis.b4.const", _constant
-    if (found := re.fullmatch(r"synthesis/(\d+)x\1/(\w+)/(\w+)", name)) and (
-        found[2] in _LAYERS and found[3] in _PARTS
+    if (match := re.fullmatch(r"synthesis/(\d+)x\1/(\w+)/(\w+)", name)) and (
+        match[2] in _LAYERS and match[3] in _PARTS
     ):
-        part, layout = _PARTS[found[3]]
-        if layout is _convolution and found[2] in _UPSAMPLING:
-            layout = _turned_convolution
-        return f"synthesis.b{found[1]}.{_LAYERS[found[2]]}.{part}", layout
+        part, layout = _PARTS[match[3]]
+        if layout is _convolution and match[2] in _UPSAMPLING:
+            layout = _rotated_convolution
+        return f"synthesis.b{match[1]}.{_LAYERS[match[2]]}.{part}", layout
+
     raise UserError(
         f"its TensorFlow generator has the variable {name!r}: it is no StyleGAN2 of configuration "
         "E or F, or StyleGAN2-ADA"
@@ -216,10 +220,10 @@ def _place(name: str) -> tuple[str, _Layout]:
 
 
 def _filters(tensors: Mapping[str, Tensor], taps: object) -> dict[str, Tensor]:
-    """Return the low-pass filters, which TensorFlow does not keep with the weights.
+    """Return the low-pass filters, which TensorFlow does not store with the weights.
 
-    Every block and convolution has one; those of the convolutions that keep their resolution go
-    unused, and are of the usual taps.
+    Every block and convolution has one. Convolutions without a change of resolution do not use
+    theirs, which has the usual taps.
     """
     owners = (re.match(r"(synthesis\.b\d+)(\.(?:conv\d|skip))?", key) for key in tensors)
     names = dict.fromkeys(name for match in owners if match for name in (match[1], match[0]))
@@ -230,7 +234,7 @@ def _filters(tensors: Mapping[str, Tensor], taps: object) -> dict[str, Tensor]:
 
 
 def _filter(taps: object) -> Tensor:
-    """Return the filter of these taps with sum 1, a plane unless it is long."""
+    """Return the filter of the taps with sum 1; 2D, or 1D from 8 taps on."""
     line = torch.as_tensor(np.asarray(taps, dtype=np.float32))
-    whole = line if line.ndim != 1 or len(line) >= 8 else torch.outer(line, line)
-    return whole / whole.sum()
+    kernel = line if line.ndim != 1 or len(line) >= 8 else torch.outer(line, line)
+    return kernel / kernel.sum()

@@ -1,8 +1,8 @@
 """Read and write network files: ours (safetensors) and the pickles that NVIDIA publishes.
 
-What a file is follows from its content, never from its name. Ours is a safetensors file whose
-metadata has "format" (gan-refinement-toolkit/1), "network" (JSON: family, config) and, optionally,
-"provenance" (JSON). To build a network from what was read is the families' own business.
+The format is detected from a file's content, never from its name. Our format is a safetensors file
+whose metadata has "format" (gan-refinement-toolkit/1), "network" (JSON: family, config) and,
+optionally, "provenance" (JSON). Networks are built from the data by their families.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pretrained.nvidia_pickle import NetworkRecord
 
 _FORMAT = "gan-refinement-toolkit/1"
 _LONGEST_HEADER_BYTES = 100_000_000
-"""Of a safetensors file, by its specification."""
+"""Limit in the specification of safetensors."""
 _TORCH_SAVE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""What torch.save began its files with before they were zip archives: a number of its own."""
+"""First bytes of torch.save's legacy format, before its zip archives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +36,13 @@ class SavedNetwork:
     path: Path
     sha256: str
     family: str
-    """The module that builds it, such as "stylegan2" or "edm"."""
+    """Its module in generators/ or teachers/, such as "stylegan2" or "edm"."""
     config: dict[str, object]
     """The fields of that module's Config."""
     tensors: dict[str, Tensor] = field(repr=False)
-    """The state dict, on the CPU, each tensor in the dtype that was saved."""
+    """The state dict, on the CPU, with the dtypes of the file."""
     provenance: dict[str, object] = field(default_factory=dict)
-    """Where it comes from, in the words of whoever saved it."""
+    """Origin of the weights, as written by the program that saved them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +54,20 @@ class PublishedPickle:
     records: dict[str, NetworkRecord]
     """By their names in the file: "G", "D", "G_ema"; "ema"."""
     beside: tuple[str, ...] = ()
-    """Names of what else it holds: losses, augmentations, options."""
+    """Names of the other objects in the file: losses, augmentations, options."""
 
     def record(self, name: str) -> NetworkRecord:
         """Return the network of this name. Raises UserError that lists those in the file."""
         if name not in self.records:
-            held = ", ".join(self.records) or "none"
-            raise UserError(f"{self.path} has no network {name}. The networks in it: {held}.")
+            names = ", ".join(self.records) or "none"
+            raise UserError(f"{self.path} has no network {name}. The networks in it: {names}.")
         return self.records[name]
 
 
 def read(path: str | Path) -> SavedNetwork | PublishedPickle:
-    """Return a network file as data, recognised by its content.
+    """Return a network file as data; the format is detected from its content.
 
-    Raises UserError where the file is missing, damaged, or neither of the two kinds.
+    Raises UserError if the file is missing, damaged or of another format.
     """
     path = Path(path)
     start = _start(path)
@@ -75,12 +75,13 @@ def read(path: str | Path) -> SavedNetwork | PublishedPickle:
         return _read_saved(path)
     if _is_pickle(start):
         return _read_pickle(path)
-    raise UserError(f"{path} {_what_else(start, path.stat().st_size)}")
+    raise UserError(f"{path} {_problem(start, path.stat().st_size)}")
 
 
 def is_pickle(path: str | Path) -> bool:
-    """Return whether a file begins like a published pickle, of which a copy can carry a refined
-    network (`networks.save_refined`). Raises UserError where it cannot be read.
+    """Return whether a file starts like a published pickle, the input of `networks.save_refined`.
+
+    Raises UserError if it cannot be read.
     """
     return _is_pickle(_start(Path(path)))
 
@@ -88,8 +89,8 @@ def is_pickle(path: str | Path) -> bool:
 def _read_pickle(path: Path) -> PublishedPickle:
     content = nvidia_pickle.read(path)
     records = content.networks
-    held = (name for name, value in content.top.items() if value is not None)
-    beside = tuple(name for name in held if name not in records)
+    present = (name for name, value in content.top.items() if value is not None)
+    beside = tuple(name for name in present if name not in records)
     return PublishedPickle(path, sha256_of(path), records, beside)
 
 
@@ -101,10 +102,10 @@ def save(
     tensors: Mapping[str, Tensor],
     provenance: Mapping[str, object] | None = None,
 ) -> None:
-    """Write one network in our format: whole or not at all.
+    """Write one network in our format, atomically.
 
-    config and provenance are plain JSON data. Raises UserError where the file cannot be written;
-    a file that was at the path before is then unchanged.
+    config and provenance are plain JSON data. Raises UserError if the file cannot be written; an
+    existing file at the path is then unchanged.
     """
     metadata = {"format": _FORMAT, "network": _json({"family": family, "config": dict(config)})}
     if provenance is not None:
@@ -120,7 +121,7 @@ def _json(value: Mapping[str, object]) -> str:
 
 
 def _in_order(content: bytes) -> bytes:
-    """Return a safetensors file with its metadata sorted: the library shuffles it each time."""
+    """Return a safetensors file with sorted metadata: the library's order is random."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -147,6 +148,7 @@ def _is_safetensors(start: bytes) -> bool:
 
 
 def _read_saved(path: Path) -> SavedNetwork:
+    # tensors and metadata
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -157,6 +159,8 @@ def _read_saved(path: Path) -> SavedNetwork:
             f"{path} is truncated or damaged: it starts as a safetensors file and does not go on "
             "as one. Get it again."
         ) from error
+
+    # family and config
     if metadata.get("format") != _FORMAT:
         raise UserError(
             f"{path} is a safetensors file of another origin: expected the format {_FORMAT}, found "
@@ -174,8 +178,9 @@ def _read_saved(path: Path) -> SavedNetwork:
     return SavedNetwork(path, sha256_of(path), family, config, tensors, provenance)
 
 
-def _what_else(start: bytes, size: int) -> str:
-    """Return what a file is that holds no network, with what to do, to go on after its name."""
+def _problem(start: bytes, size: int) -> str:
+    """Return the problem of a file without a network and its fix, to follow the file's name."""
+    # well-known other files
     text = start.lstrip().lower()
     if size == 0:
         return "is empty. Get it again."
@@ -189,6 +194,7 @@ def _what_else(start: bytes, size: int) -> str:
             f"is {kind}: expected our safetensors or a StyleGAN or EDM pickle. "
             "Save its tensors with pretrained.files.save, naming family and config."
         )
+
     if size < 16:
         return f"is truncated: it has {size} bytes. Get it again."
     return "is no network file: expected our safetensors or a StyleGAN or EDM pickle."

@@ -1,8 +1,7 @@
-"""Networks from files and into files: the one place that turns a weights file into a module of
-ours.
+"""Loading and saving of networks: the only conversion between weights files and our modules.
 
 A family (a plug-in of generators/ or teachers/) has a `Config`, a `build`, and `from_record`, which
-gives the Config of a published pickle's network where that network is of this family.
+returns the Config of a published pickle's network, or None for a network of another family.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """Which part of which file a network is, and what else the file holds."""
+    """Origin of a network: file, record and family, and the other contents of the file."""
 
     path: Path
     sha256: str
     family: str
-    """The module that builds it, such as "stylegan2" or "edm"."""
+    """Its module in generators/ or teachers/, such as "stylegan2" or "edm"."""
     record: str | None = None
-    """Its name in a published pickle; None in our own format, whose files hold one network."""
+    """Name in a published pickle; None in our own format of one network a file."""
     beside: tuple[str, ...] = ()
-    """Names of what else the pickle holds."""
+    """Names of the other objects in the pickle."""
 
     def __str__(self) -> str:
-        """Return all of it as a sentence for a log."""
+        """Return a sentence for the log."""
         if self.record is None:
             return f"{self.path}: {self.family} network in our format"
         others = f"also in it: {', '.join(self.beside)}" if self.beside else "nothing else in it"
@@ -48,42 +47,45 @@ class Source:
 
 
 class Opened(NamedTuple):
-    """A network, and where it comes from."""
+    """A network and its origin."""
 
     network: nn.Module
     source: Source
 
 
 def load(folder: str, source: str | Path, *, records: Sequence[str]) -> nn.Module:
-    """Return the network of a weights file as `open_file` does, and log what was taken from it."""
+    """Return the network of a weights file as `open_file` does, and log its origin."""
     network, described = open_file(folder, source, records=records)
     _log.info("%s", described)
     return network
 
 
 def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Opened:
-    """Return the network of a weights file, in eval mode on the CPU, float32, and what it is there.
+    """Return the network of a weights file, in eval mode on the CPU, float32, and its origin.
 
     folder: "generators" or "teachers". source: path or URL of our safetensors or of a published
-    pickle, where the first of `records` that the file holds is taken. Raises UserError where the
-    file or what it holds does not fit.
+    pickle. records: names in a pickle, by priority; the first that exists is loaded. Raises
+    UserError if the file or its network does not fit.
     """
+    # our own format
     file = files.read(local_file(source))
     if isinstance(file, SavedNetwork):
         if file.family not in plugins.names(folder):
             raise _unknown(folder, f"{file.family} weights", file.path)
-        network = _rebuilt(folder, file.family, file.config, file.tensors, path=file.path)
+        network = _rebuild(folder, file.family, file.config, file.tensors, path=file.path)
         return Opened(network, Source(file.path, file.sha256, file.family))
+
+    # a published pickle
     name = next((name for name in records if name in file.records), records[0])
     record = file.record(name)
-    family, shape = _claimed(folder, record, file)
-    network = _rebuilt(folder, family, shape, record.tensors, path=file.path)
+    family, shape = _match_family(folder, record, file)
+    network = _rebuild(folder, family, shape, record.tensors, path=file.path)
     beside = (*(other for other in file.records if other != name), *file.beside)
     return Opened(network, Source(file.path, file.sha256, family, name, beside))
 
 
 def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | None = None) -> None:
-    """Write a network of ours for `load` to rebuild. Raises UserError where the disk refuses."""
+    """Write a network of ours in our format. Raises UserError if the file cannot be written."""
     shape = network.config
     assert isinstance(shape, BaseModel), type(network)
     files.save(
@@ -98,35 +100,36 @@ def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | N
 def save_refined(
     original: Path, out: Path, network: nn.Module, *, records: Sequence[str]
 ) -> tuple[str, ...]:
-    """Write a copy of a published pickle that carries a network of ours; return where in it.
+    """Write a copy of a published pickle with a network of ours; return the replaced records.
 
-    Each of `records` that the pickle holds gets the network's tensors; all else stays as it is
-    (`pickle_writing.write_refined`). Raises UserError where the pickle holds none of them or a
-    network of other tensors, or the copy cannot be written.
+    Each of `records` in the pickle gets the network's tensors, everything else is unchanged
+    (`patch_pickle.write_refined`). Raises UserError if the pickle has none of them or a network of
+    other tensors, or if the copy cannot be written.
     """
     file = files.read(original)
     if isinstance(file, SavedNetwork):
         raise UserError(f"{original} is in our own format: only a published pickle is copied")
-    found = tuple(name for name in records if name in file.records)
-    if not found:
-        file.record(records[0])  # raises, and lists what is there
+    replaced = tuple(name for name in records if name in file.records)
+    if not replaced:
+        file.record(records[0])  # raises, and lists the records of the file
+
     tensors = network.state_dict()
-    for name in found:
+    for name in replaced:
         if lost := next((key for key in file.record(name).tensors if key not in tensors), None):
             raise UserError(f"{original}: its {name} has {lost}, which the refined network has not")
-    patch_pickle.write_refined(original, out, dict.fromkeys(found, tensors))
-    return found
+    patch_pickle.write_refined(original, out, dict.fromkeys(replaced, tensors))
+    return replaced
 
 
 def family_of(network: nn.Module) -> str:
-    """Return the name of the plug-in that a network of ours comes from."""
+    """Return the plug-in name of a network of ours."""
     return type(network).__module__.rpartition(".")[2]
 
 
-def _claimed(
+def _match_family(
     folder: str, record: NetworkRecord, file: PublishedPickle
 ) -> tuple[str, dict[str, object]]:
-    """Return the family that knows the record's class, and its Config as plain data."""
+    """Return the family of a record, and its Config as plain data."""
     for family in plugins.names(folder):
         try:
             shape = plugins.load(folder, family).from_record(record)
@@ -137,12 +140,12 @@ def _claimed(
     raise _unknown(folder, f"a network of class {record.class_name}", file.path)
 
 
-def _unknown(folder: str, held: str, path: Path) -> UserError:
-    known = ", ".join(plugins.names(folder))
-    return UserError(f"{path} holds {held}, which none of {folder}/ knows: {known}")
+def _unknown(folder: str, content: str, path: Path) -> UserError:
+    families = ", ".join(plugins.names(folder))
+    return UserError(f"{path} holds {content}, which none of {folder}/ knows: {families}")
 
 
-def _rebuilt(
+def _rebuild(
     folder: str,
     family: str,
     shape: Mapping[str, object],

@@ -1,12 +1,12 @@
-"""Read the network pickles that NVIDIA publishes as data, never running what they carry.
+"""Reader of the network pickles that NVIDIA publishes, as data: no code in them ever runs.
 
 StyleGAN2-ADA (PyTorch), StyleGAN3 and EDM save `{"G_ema": network, …}` with `pickle.dump`. Each
 network is a call of `torch_utils.persistence._reconstruct_persistent_obj` on its source code and
 its `__dict__`; the published loader runs that source. Here the call gives an inert `NetworkRecord`:
 class name, constructor arguments and tensors, from which the families rebuild classes of ours.
-Every global that a file asks for is looked up in one table of stand-ins and never imported;
-whatever is not in the table is refused by name. Networks that TensorFlow wrote for StyleGAN2, a
-tuple of three, come out under the same names, in the form of the PyTorch ones.
+Globals are never imported: each is replaced from one allow-list, and any other is refused by name.
+StyleGAN2's TensorFlow networks, a tuple of three, are returned under the same record names, with
+the tensor names and layouts of the PyTorch ones.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pretrained._tensorflow import TensorflowNetwork
 _PERSISTENCE = "torch_utils.persistence._reconstruct_persistent_obj"
 _PERSISTENCE_VERSION = 6
 _NAME_CHARACTERS_LIMIT = 20_000_000
-"""Of all names built in one read: real files need 5 % of it, modules nested to explode, more."""
+"""Limit for all tensor names of one file: real files need 5 %, exponential nesting exceeds it."""
 _DAMAGE = (
     EOFError,
     pickle.UnpicklingError,
@@ -55,30 +55,30 @@ _DAMAGE = (
     ValueError,
     struct.error,
 )
-"""What reading bytes that are no whole pickle can raise."""
+"""Exceptions of reading a truncated or damaged pickle."""
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkRecord:
-    """A pickled object as data. Nothing in it can run."""
+    """A pickled object as data, without code that could run."""
 
     class_name: str
-    """As its authors named it, such as "Generator"; with its module for torch's own classes."""
+    """Published class name, such as "Generator"; with the module for torch's own classes."""
     module_source: str = field(default="", repr=False)
-    """The source code that came with it. It was not run, and must not be."""
+    """Embedded source code. It was not run, and must not be."""
     positional: tuple[object, ...] = ()
-    """Constructor arguments without a name."""
+    """Positional constructor arguments."""
     arguments: dict[str, object] = field(default_factory=dict)
-    """Constructor arguments by name."""
+    """Keyword arguments of the constructor."""
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """The state dict under its published names: contiguous, on the CPU, dtypes as in the file."""
+    """The state dict with published names: contiguous, on the CPU, dtypes as in the file."""
     attributes: dict[str, object] = field(default_factory=dict, repr=False)
-    """Its other public attributes: numbers, strings, arrays."""
+    """Other public attributes: numbers, strings, arrays."""
 
     def named_arguments(self, *positional: str) -> dict[str, object]:
         """Return all constructor arguments by name, given the names of the positional ones.
 
-        Raises UserError where more came without a name.
+        Raises UserError if the record has more positional ones.
         """
         if len(self.positional) > len(positional):
             raise UserError(
@@ -90,13 +90,13 @@ class NetworkRecord:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor of a file, and which part it is of which storage there."""
+    """A tensor of a file, and its view of a storage there."""
 
     tensor: Tensor
-    """The very object that the records hold."""
+    """The same object as in the records."""
     storage: Storage
     offset: int
-    """In elements, like the rest."""
+    """In elements, like size and stride."""
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
@@ -106,15 +106,15 @@ class Content:
     """All of a network pickle."""
 
     top: dict[str, object]
-    """By name: networks and losses as records, the rest plain."""
+    """Top-level objects by name: networks and losses as records, all others as plain data."""
     stored: list[StoredTensor]
-    """Every tensor in it, in the order of the file, wherever it belongs."""
+    """Every tensor in the order of the file, inside and outside of networks."""
 
     @property
     def networks(self) -> dict[str, NetworkRecord]:
         """Return the records that hold tensors, by their names: "G_ema", "ema", …"""
-        found = self.top.items()
-        return {k: v for k, v in found if isinstance(v, NetworkRecord) and v.tensors}
+        items = self.top.items()
+        return {k: v for k, v in items if isinstance(v, NetworkRecord) and v.tensors}
 
 
 def networks(path: str | Path) -> dict[str, NetworkRecord]:
@@ -128,9 +128,10 @@ def networks(path: str | Path) -> dict[str, NetworkRecord]:
 def read(path: str | Path) -> Content:
     """Return all of a network pickle.
 
-    Raises UserError where the file is missing, damaged or no network pickle, and where it asks for
-    anything that network pickles do not need.
+    Raises UserError if the file is missing, damaged or no network pickle, or if it needs a global
+    that is not allowed.
     """
+    # parse
     try:
         with (
             Path(path).open("rb") as file,
@@ -148,6 +149,8 @@ def read(path: str | Path) -> Content:
         raise UserError(
             f"{path} is truncated or damaged: it is not a whole network pickle. Get it again."
         ) from error
+
+    # check the top level
     if type(top) is not dict or not all(isinstance(name, str) for name in top):
         raise UserError(
             f"{path} is a pickle, but not of networks by name: expected a dict with G_ema or ema, "
@@ -157,10 +160,10 @@ def read(path: str | Path) -> Content:
 
 
 def plain(content: bytes, *, what: str) -> object:
-    """Return a pickle of numbers, text, arrays and their collections, as Python 2 wrote them.
+    """Return the content of a Python 2 pickle of numbers, text, arrays and collections of them.
 
-    Its byte strings come back as text. what: the file's name, for errors. Raises UserError where it
-    asks for anything else, or is no whole pickle.
+    Byte strings are returned as text. what: the file's name, for errors. Raises UserError if the
+    pickle is damaged or holds any other object.
     """
     try:
         return _Python2Reader(content).load()
@@ -175,11 +178,14 @@ def plain(content: bytes, *, what: str) -> object:
 
 
 def _from_tensorflow(top: object) -> object:
-    """Return (G, D, Gs) as records by the names of today; anything else as it is."""
+    """Return (G, D, Gs) as records under their PyTorch names; any other content unchanged."""
+    # recognize the tuple
     if isinstance(top, TensorflowNetwork):
         raise UserError("it holds one TensorFlow network: expected three, (G, D, Gs) of StyleGAN2")
     if not (isinstance(top, tuple) and [*map(type, top)] == [TensorflowNetwork] * 3):
         return top
+
+    # convert it
     trained, discriminator, average = top
     return {
         "G": _tensorflow_generator(trained),
@@ -213,10 +219,10 @@ def _refusal_sentence(path: str | Path, refused: str) -> str:
 
 
 class _Reader(pickle._Unpickler):
-    """An unpickler that calls and fills nothing but stand-ins.
+    """An unpickler that calls, and sets the state of, allowed replacements only.
 
-    It extends the implementation in Python, whose every opcode can be replaced: the one in C calls
-    anything on its stack and sets a state on anything.
+    It extends the Python implementation, in which every opcode can be overridden. The C
+    implementation calls any object on its stack, and sets the state of any object.
     """
 
     stack: list[object]
@@ -234,12 +240,12 @@ class _Reader(pickle._Unpickler):
         }
 
     def find_class(self, module: str, name: str) -> object:
-        """Return the stand-in for a global from the table; dotted names are never followed."""
-        asked = f"{module}.{name}"
+        """Return the replacement of a global; dotted names are never resolved."""
+        full_name = f"{module}.{name}"
         if (module, name) in self._own_globals:
-            return Global(asked, self._own_globals[module, name])
+            return Global(full_name, self._own_globals[module, name])
         if (module, name) not in _GLOBALS:
-            raise Refused(asked)
+            raise Refused(full_name)
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: object) -> object:
@@ -249,11 +255,11 @@ class _Reader(pickle._Unpickler):
         raise Refused(f"the extension code {code}")
 
     def _instantiate(self, klass: object, args: Iterable[object]) -> None:
-        self.append(_called(klass, tuple(args)))
+        self.append(_call(klass, tuple(args)))
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
-        self.stack[-1] = _called(self.stack[-1], args)
+        self.stack[-1] = _call(self.stack[-1], args)
 
     def load_newobj_ex(self) -> None:
         raise Refused("an object made with keyword arguments (opcode NEWOBJ_EX)")
@@ -268,7 +274,7 @@ class _Reader(pickle._Unpickler):
         self._append_bytes(*struct.unpack("<Q", self.read(8)))
 
     def _append_bytes(self, length: int) -> None:
-        content = Located(self.read(length))  # as long as the file is, whatever it claims
+        content = Located(self.read(length))  # limited by the file, for any claimed length
         frame = self._unframer.current_frame  # pyright: ignore[reportAttributeAccessIssue]
         ahead = len(frame.getbuffer()) - frame.tell() if frame else 0  # read, not yet used
         content.position = self._file.tell() - ahead - len(content)
@@ -276,7 +282,7 @@ class _Reader(pickle._Unpickler):
 
     def load_bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
-        content = self.read(length)  # as long as the file is, whatever it claims
+        content = self.read(length)  # limited by the file, for any claimed length
         self.append(bytearray(content))
 
     def load_build(self) -> None:
@@ -317,13 +323,13 @@ class _Reader(pickle._Unpickler):
         hooks: object,
         metadata: object = None,
     ) -> Tensor:
-        """Return a tensor without gradient flag and hooks, and note where it lies."""
+        """Return a tensor without gradient flag and hooks; record its view of the storage."""
         tensor = part(storage, offset, size, stride, metadata)
         self.stored.append(StoredTensor(tensor, storage, offset, tuple(size), tuple(stride)))
         return tensor
 
     def _record(self, meta: Mapping[str, object]) -> NetworkRecord:
-        """Return the record of one persistent object. Its children are whole records by now."""
+        """Return the record of a persistent object, whose children are complete records already."""
         kind, version, state = meta["type"], meta["version"], typed(meta["state"], dict)
         class_name, module_source = meta["class_name"], meta["module_src"]
         if (kind, version) != ("class", _PERSISTENCE_VERSION):
@@ -341,10 +347,13 @@ class _Reader(pickle._Unpickler):
 
     def _tensors(self, state: Mapping[str, Mapping[str, object]]) -> dict[str, Tensor]:
         """Return the state dict of a module: its parameters, its buffers, then its children's."""
+        # own parameters and buffers
         parameters, buffers = state.get("_parameters", {}), state.get("_buffers", {})
         transient = state.get("_non_persistent_buffers_set", ())
         own = {**parameters, **{k: v for k, v in buffers.items() if k not in transient}}
         tensors = {typed(k, str): typed(v, Tensor) for k, v in own.items() if v is not None}
+
+        # children, with a limit against exponential nesting
         children = state.get("_modules", {}).items()
         for name, child in ((k, typed(v, NetworkRecord)) for k, v in children if v is not None):
             lengths = sum(map(len, child.tensors)) + len(child.tensors) * len(name)
@@ -356,7 +365,7 @@ class _Reader(pickle._Unpickler):
 
 
 class _Python2Reader(_Reader):
-    """A reader for what Python 2 wrote, whose strings were bytes and text in one."""
+    """A reader for pickles of Python 2, whose strings are both bytes and text."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
@@ -374,7 +383,7 @@ class _Python2Reader(_Reader):
     }
 
 
-def _called(target: object, args: object) -> object:
+def _call(target: object, args: object) -> object:
     if not isinstance(target, Global):
         raise Refused(f"a call of a {type(target).__name__}")
     return target.call(*typed(args, tuple))
@@ -413,6 +422,4 @@ _GLOBALS: dict[tuple[str, str], object] = {
     **{(module, name): Global(f"{module}.{name}", call) for (module, name), call in _CALLS.items()},
     **_allowed_globals.DTYPES,
 }
-"""Every global that a network pickle may ask for, with what stands in for it, but for those that
-the reader itself answers.
-"""
+"""(module, name) of every allowed global -> its replacement, except those that need the reader."""

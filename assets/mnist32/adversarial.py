@@ -1,9 +1,9 @@
-"""Adversarial training of the embedded student: the GAN that the demo refines.
+"""Adversarial training of the embedded student, the GAN of the demo.
 
 StyleGAN2's recipe at the size of a digit: a residual discriminator with minibatch standard
 deviation and label projection (Miyato and Koyama, 2018), the non-saturating loss, lazy R1
 (StyleGAN2, Sec. 3.1), Adam and a moving average of the generator. Augmentation, path length
-regularisation and style mixing are left out.
+regularization and style mixing are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Settings:
 
 
 class Discriminator(nn.Module):
-    """Images and labels to logits: [N, 1, 32, 32], [N] -> [N]."""
+    """Discriminator: images [N, 1, 32, 32] and labels [N] to logits [N]."""
 
     def __init__(self, *, num_classes: int, widths: tuple[int, ...] = (8, 16, 32, 64)) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Discriminator(nn.Module):
 
 
 class _Conv(nn.Module):
-    """Convolution with equalised learning rate, bias and leaky ReLU."""
+    """Convolution with equalized learning rate, bias and leaky ReLU."""
 
     def __init__(self, before: int, after: int, *, size: int, act: str = "lrelu") -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class _DownBlock(nn.Module):
 
 
 def _batch_deviation(x: Tensor, *, group: int = 8) -> Tensor:
-    """Return the mean standard deviation over groups of the batch, as one more channel."""
+    """Return the mean standard deviation over groups of the batch, as an extra channel."""
     count, channels, height, width = x.shape
     size = group if count % group == 0 else count
     spread = x.reshape(size, -1, channels, height, width).var(0, correction=0).add(1e-8).sqrt()
@@ -96,27 +96,34 @@ def _batch_deviation(x: Tensor, *, group: int = 8) -> Tensor:
 def train(
     student: StyleGAN2, images: Tensor, labels: Tensor, settings: Settings
 ) -> Iterator[tuple[int, StyleGAN2, dict[str, float]]]:
-    """Yield (images seen, moving average of the student, readings) after every 1,000 images or so.
+    """Yield (images seen, moving average of the student, losses) about every 1,000 images.
 
     student: trained in place; images: [N, 1, 32, 32] float32 in [-1, 1]; labels: [N] int64.
     """
+    # networks and optimizers
     torch.manual_seed(settings.seed)
     average = copy.deepcopy(student).eval().requires_grad_(False)
     critic = Discriminator(num_classes=student.num_classes).to(memory_format=torch.channels_last)
-    rate = settings.learning_rate  # constant: where the FID stops falling, it is not the schedule
+    rate = (
+        settings.learning_rate
+    )  # constant, so that a plateau of the FID is no effect of a schedule
     student_adam = torch.optim.Adam(student.parameters(), lr=rate, betas=(0.0, 0.99))
     lazy = settings.r1_every / (settings.r1_every + 1)  # StyleGAN2, appendix B
     critic_adam = torch.optim.Adam(critic.parameters(), lr=rate * lazy, betas=(0.0, 0.99**lazy))
     size = settings.batch_size
+
     for step in range(int(settings.total_kimg * 1000) // size):
-        chosen = torch.randint(len(images), [size])
-        student_loss = _student_step(student, critic, student_adam, labels[chosen])
-        critic_loss = _critic_step(student, critic, critic_adam, images[chosen], labels[chosen])
+        # one step of each network
+        rows = torch.randint(len(images), [size])
+        student_loss = _student_step(student, critic, student_adam, labels[rows])
+        critic_loss = _critic_step(student, critic, critic_adam, images[rows], labels[rows])
         if step % settings.r1_every == 0:
             weight = settings.r1_weight * settings.r1_every
-            _r1_step(critic, critic_adam, images[chosen], labels[chosen], weight=weight)
+            _r1_step(critic, critic_adam, images[rows], labels[rows], weight=weight)
+
+        # moving average
         halflife = min(settings.ema_halflife_kimg * 1000, 0.05 * (step + 1) * size)
-        _follow(average, student, 0.5 ** (size / max(halflife, 1e-8)))
+        _update_ema(average, student, 0.5 ** (size / max(halflife, 1e-8)))
         if (step + 1) % max(1000 // size, 1) == 0:
             readings = {"student": student_loss.item(), "critic": critic_loss.item()}
             yield (step + 1) * size, average, readings
@@ -172,7 +179,7 @@ def _r1_step(
 
 
 @torch.no_grad()
-def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
+def _update_ema(average: nn.Module, network: nn.Module, decay: float) -> None:
     for slow, fast in zip(average.parameters(), network.parameters(), strict=True):
         slow.lerp_(fast, 1 - decay)
     for slow, fast in zip(average.buffers(), network.buffers(), strict=True):

@@ -1,13 +1,13 @@
-"""The program that makes the embedded default from a zip of 32x32 digits: one command a part.
+"""Program that builds the embedded default from a zip of 32x32 digits, one command for each part.
 
     python -m assets.mnist32.make features DIGITS.zip    the feature network, and its accuracy
     python -m assets.mnist32.make reference DIGITS.zip   statistics of the real digits, the floor
     python -m assets.mnist32.make student DIGITS.zip     the GAN, adversarially, and its curve
     python -m assets.mnist32.make teacher-samples        statistics of its samples
 
-`features` comes first, `reference` second: the others measure with them. Each writes its files
-beside this one; the teacher is made by `refine.py --teach`. README.md says what was run and what
-came out.
+`features` is first and `reference` second: the other commands evaluate with them. Each writes its
+files to this folder. The teacher is trained by `refine.py --teach`. README.md has the commands that
+were run and their results.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ STUDENT = stylegan2.Config(
 )
 IMAGE = (1, 32, 32)
 HELD_OUT = 1000
-"""Digits that the feature network never sees: its accuracy is measured on them."""
+"""Number of test digits for the accuracy of the feature network."""
 _source = click.argument("source", type=click.Path(exists=True, path_type=Path))
 
 
 @click.group()
 def main() -> None:
-    """Make the embedded default again."""
+    """Rebuild the embedded default."""
 
 
 @main.command("features")
@@ -77,12 +77,12 @@ def make_features(source: Path, epochs: int) -> None:
 @main.command("reference")
 @_source
 def make_reference(source: Path) -> None:
-    """Measure the real digits, and one half of them against the other: the floor."""
-    found = Images(source)
-    made = reference.measure(found, features.load("mnist32"), keep=registry.Config())
-    reference.save_npz(HERE / "reference.npz", made)
-    half = len(found) // 2
-    click.echo(f"FID of {half} real digits against {half} others: {made.halves_fid:.3f}")
+    """Compute the reference of the real digits, and the FID between its halves: the floor."""
+    digits = Images(source)
+    statistics = reference.measure(digits, features.load("mnist32"), keep=registry.Config())
+    reference.save_npz(HERE / "reference.npz", statistics)
+    half = len(digits) // 2
+    click.echo(f"FID of {half} real digits against {half} others: {statistics.halves_fid:.3f}")
 
 
 @main.command("student")
@@ -91,8 +91,8 @@ def make_reference(source: Path) -> None:
 @click.option("--kimg", default=400.0, show_default=True, help="Length in thousands of digits.")
 @click.option("--every-kimg", default=20.0, show_default=True, help="Between measurements.")
 def make_student(source: Path, digits: int, kimg: float, every_kimg: float) -> None:
-    """Train the GAN to its plateau on a few digits; the best of its measured averages is kept."""
-    images, labels = (found[:digits] for found in _digits(source))
+    """Train the GAN to its plateau on a few digits; keep the moving average with the best FID."""
+    images, labels = (tensor[:digits] for tensor in _digits(source))
     torch.manual_seed(0)
     student = stylegan2.build(STUDENT).to(memory_format=torch.channels_last)
     steps = adversarial.train(student, images, labels, adversarial.Settings(total_kimg=kimg))
@@ -103,20 +103,22 @@ def make_student(source: Path, digits: int, kimg: float, every_kimg: float) -> N
 @main.command("teacher-samples")
 @click.option("--images", default=10_000, show_default=True, help="How many.")
 def make_teacher_samples(images: int) -> None:
-    """Sample the teacher with its 18 steps, and keep the statistics, for the reports."""
+    """Compute the statistics of samples of the teacher with 18 steps, for the reports."""
     measures = _evaluator("fid", "kid", "precision", "recall", images=images)
     teacher = cast(nn.Module, teachers.load(HERE / "teacher.safetensors"))
     images_of = images_of_seeds(
         teacher, partial(edm_sampler.sample, config=edm_sampler.Config()), device="cpu"
     )
-    kept = reference.of_samples(
+    statistics = reference.of_samples(
         measures.feature_stats(images_of, range(images)),
         source="the embedded teacher",
         extractor=measures.extractor,
         shape=IMAGE,
     )
-    reference.save_npz(HERE / "teacher-samples.npz", kept)
-    click.echo(f"{images} samples of the teacher: {json.dumps(measures.evaluate_stored(kept))}")
+    reference.save_npz(HERE / "teacher-samples.npz", statistics)
+    click.echo(
+        f"{images} samples of the teacher: {json.dumps(measures.evaluate_stored(statistics))}"
+    )
 
 
 Steps = Iterator[tuple[int, nn.Module, dict[str, float]]]
@@ -125,7 +127,7 @@ Steps = Iterator[tuple[int, nn.Module, dict[str, float]]]
 def _keep_best(
     part: str, steps: Steps, fid: Callable[[nn.Module], float], *, every_kimg: float
 ) -> None:
-    """Write the network with the lowest FID so far, and the curve, whenever one is measured."""
+    """Evaluate at intervals; write the network with the lowest FID so far, and the curve."""
     curve: list[dict[str, float]] = []
     started = time.monotonic()
     due = every_kimg * 1000
@@ -143,7 +145,7 @@ def _keep_best(
 
 
 def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
-    """Return a function from a student to its FID on images of the first seeds."""
+    """Return a function from a student to its FID on the images of the first seeds."""
     measures = _evaluator("fid", images=count)
 
     def fid(student: nn.Module) -> float:
@@ -185,14 +187,17 @@ def _fit(
     classifier: features.Classifier, images: Tensor, labels: Tensor, *, epochs: int, size: int = 64
 ) -> Iterator[float]:
     """Yield the mean loss of each epoch: Adam, one-cycle learning rate, random affine maps."""
+    # optimizer and schedule
     adam = torch.optim.Adam(classifier.parameters(), lr=1e-3, weight_decay=1e-5)
     steps = len(images) // size
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=4e-3, total_steps=epochs * steps)
+
+    # epochs over random batches
     for _ in range(epochs):
         total = 0.0
-        for chosen in torch.randperm(len(images))[: steps * size].split(size):
+        for batch in torch.randperm(len(images))[: steps * size].split(size):
             loss = F.cross_entropy(
-                classifier(_warped(images[chosen])), labels[chosen], label_smoothing=0.05
+                classifier(_augment(images[batch])), labels[batch], label_smoothing=0.05
             )
             adam.zero_grad(set_to_none=True)
             loss.backward()
@@ -202,7 +207,7 @@ def _fit(
         yield total / steps
 
 
-def _warped(images: Tensor) -> Tensor:
+def _augment(images: Tensor) -> Tensor:
     """Return images rotated by up to 0.2 rad, scaled by up to 10 %, moved by up to 2 pixels."""
     count = len(images)
     angle = (torch.rand(count) * 2 - 1) * 0.2

@@ -1,7 +1,7 @@
-"""LPIPS, the distance between images that agrees with people (Zhang et al., CVPR 2018), on VGG16.
+"""LPIPS, a perceptual distance between images (Zhang et al., CVPR 2018), on VGG16.
 
-Its version 0.1, of linear layers trained on VGG16 of ImageNet. Images stay float32 in [-1, 1] as a
-student makes them: path lengths measure steps far below one level of 256.
+Version 0.1, with linear layers trained on VGG16 of ImageNet. Images stay float32 in [-1, 1], the
+output of a student: path lengths measure steps far below one level of 256.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 _WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Channels of VGG16's convolutions; each group but the first begins by halving the sides."""
+"""Channels of VGG16's convolutions; a pooling layer precedes each group but the first."""
 _MEAN = (-0.030, -0.088, -0.188)
 _DEVIATION = (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """Pairs of images [N, 3, H, W] float32 in [-1, 1] -> distances [N], none negative."""
+    """LPIPS: pairs of images [N, 3, H, W] float32 in [-1, 1] -> distances [N] >= 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,24 +31,24 @@ class LPIPS(nn.Module):
         """Return sum_l mean_hw sum_c w_lc (a_lc - b_lc)^2 over unit features a, b (Eq. 1)."""
         distance = first.new_zeros(len(first))
         pairs = zip(self._activations(first), self._activations(second), strict=True)
-        for weight, (one, other) in zip(self.weights, pairs, strict=True):
-            squares = (_unit(one) - _unit(other)).square()
+        for weight, (a, b) in zip(self.weights, pairs, strict=True):
+            squares = (_unit(a) - _unit(b)).square()
             distance = distance + (weight * squares).sum(1).mean([1, 2])
         return distance
 
     def _activations(self, images: Tensor) -> list[Tensor]:
-        """Return what leaves each of the five groups of convolutions."""
-        found = []
+        """Return the output of each of the five groups of convolutions."""
+        activations = []
         images = (images - self.mean) / self.deviation
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
-                found.append(images)
+                activations.append(images)
             images = layer(images)
-        return [*found, images]
+        return [*activations, images]
 
 
 def from_tensors(vgg16: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> LPIPS:
-    """Return the network of torchvision's VGG16 and LPIPS's own file, in eval mode."""
+    """Return the network of torchvision's VGG16 and of LPIPS's linear layers, in eval mode."""
     network = LPIPS()
     tensors = {name: value for name, value in vgg16.items() if name.startswith("features.")}
     for level in range(len(_WIDTHS)):
@@ -71,5 +71,5 @@ def _layers() -> list[nn.Module]:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Return features scaled to length 1 over the channels."""
+    """Return features normalized to length 1 over the channels."""
     return features / (features.norm(dim=1, keepdim=True) + 1e-10)

@@ -30,7 +30,7 @@ def _rank_0(store: HashStore, size: int) -> Iterator[list[object]]:
 
     def gather() -> None:
         try:
-            came.append(_lifeline._gathered(store, size))
+            came.append(_lifeline._accept_ranks(store, size))
         except UserError as error:
             came.append(str(error))
 
@@ -53,7 +53,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(_lifeline, "_JOIN_SECONDS", 0.5)
     store = HashStore()
     with _rank_0(store, 3) as came, pytest.raises(UserError, match=r"rank 2 waited .* for rank 0"):
-        _lifeline._connected(store, 2)
+        _lifeline._connect(store, 2)
     (sentence,) = came
     assert "for rank 1 of 3: see to it that all are started, and reach " in str(sentence)
 
@@ -65,7 +65,7 @@ def test_a_rank_looks_again_where_an_earlier_start_left_its_address() -> None:
         port = gone.getsockname()[1]
     store.set("lifeline", json.dumps(("localhost", port, "old", "host")))
     found: list[str] = []
-    other = threading.Thread(target=lambda: found.append(_lifeline._connected(store, 1)[0]))
+    other = threading.Thread(target=lambda: found.append(_lifeline._connect(store, 1)[0]))
     other.start()
     with _rank_0(store, 2) as came:
         other.join()
@@ -80,5 +80,5 @@ def test_who_does_not_know_the_word_is_no_rank() -> None:
         while not store.check(["lifeline"]):
             pass
         assert _knock(store, {"rank": 1, "host": "x", "token": "wrong"}) == b""
-        token, peers = _lifeline._connected(store, 1)
+        token, peers = _lifeline._connect(store, 1)
     assert came[0][0] == token and peers.keys() == {0}  # type: ignore[index]
