@@ -29,12 +29,12 @@ from pathlib import Path
 import click
 
 from core import config, distributed
-from core.cli import one_sentence, set_up_logging
+from core.cli import report_user_errors, set_up_logging
 from core.disk import atomic_write
 from core.distributed import World
 from core.downloads import cache_path
 from core.errors import UserError
-from core.precision import rounding_products
+from core.precision import allow_tf32
 from core.run_folder import RunFolder
 from eval import features
 from refinement.components import SAMPLED, found, load_parts
@@ -89,7 +89,7 @@ _log = logging.getLogger("refine")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe and what would be loaded.")
 @click.option("--write-schema", is_flag=True, help="Write configs/recipe.schema.json, for editors.")
 @click.argument("arguments", nargs=-1, metavar="[RECIPE.yaml] [KEY.PATH=VALUE]...")
-@one_sentence(stopped="stopped before a run began")
+@report_user_errors(stopped="stopped before a run began")
 def main(
     gan: bool,
     distill: bool,
@@ -189,15 +189,15 @@ def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: b
     """Do a run, new (folder None) or begun, or only its report."""
     with (
         ending_at_once(),
-        rounding_products(False),  # what is measured is float32, on a GPU too
-        distributed.session(recipe.device) as world,
+        allow_tf32(False),  # what is measured is float32, on a GPU too
+        distributed.process_group(recipe.device) as world,
     ):
         set_up_logging(world)
         if training and recipe.training.tensorboard:
             tensorboard.require_package()
         parts = load_parts(recipe, world)
         if folder is None:
-            folder = distributed.from_main(_folder_of_job(recipe, outdir, world), world)
+            folder = distributed.broadcast_from_main(_folder_of_job(recipe, outdir, world), world)
         with folder.exclusive() if world.is_main else nullcontext():
             run = open_run(recipe, parts, folder, world)
             with _saying_what_is_saved(run):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks._memory import in_use, reset_peak
 from benchmarks._published import on_path
 from core.errors import UserError
-from core.precision import DTYPES, Precision, computing_in
+from core.precision import DTYPES, Precision, compute_precision
 from custom_ops import backend
 from generators import stylegan2, stylegan3
 
@@ -147,7 +147,7 @@ def _lowered(precision: Precision, student: nn.Module) -> Network:
     native = _under("native", student)
 
     def run(latents: Tensor) -> Tensor:
-        with computing_in(precision, [student]):
+        with compute_precision(precision, [student]):
             return native(latents)
 
     return run

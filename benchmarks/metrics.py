@@ -27,7 +27,7 @@ from eval.metrics.kernel import kernel_distance
 from eval.metrics.precision_recall import precision_and_recall
 
 GENERATED, REAL = 10_000, 8_000
-_NEIGHBOURS = 3
+_NEIGHBORS = 3
 _SUBSET_SIZE = 1000
 _SEED = 2020
 
@@ -104,13 +104,13 @@ def kernel(dimensions: int, subsets: int) -> Pair:
 def precision(dimensions: int) -> Pair:
     """Return the sum of precision and recall, in which a difference of either would show."""
     made, real = (features(n, dimensions, seed=k) for n, k in ((GENERATED, 1), (REAL, 2)))
-    options = {"prc_neighborhood": _NEIGHBOURS, "prc_batch_size": 10_000, "verbose": False}
+    options = {"prc_neighborhood": _NEIGHBORS, "prc_batch_size": 10_000, "verbose": False}
 
     def theirs() -> float:
         found = metric_prc.prc_features_to_metric(made, real, **options)
         return found[metric_prc.KEY_METRIC_PRECISION] + found[metric_prc.KEY_METRIC_RECALL]
 
-    return Pair(lambda: sum(precision_and_recall(made, real, neighbors=_NEIGHBOURS)), theirs)
+    return Pair(lambda: sum(precision_and_recall(made, real, neighbors=_NEIGHBORS)), theirs)
 
 
 CASES: dict[str, Callable[[], Pair]] = {

@@ -52,7 +52,7 @@ def main(device: str, shape: str, ranks: int, rounds: int, shard: str | None) ->
 
 def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
     """Play the rounds as one of several processes; rank 0 prints its row."""
-    with distributed.session(device) as world:
+    with distributed.process_group(device) as world:
         before = _held(world)
         state = state_of(SHAPES[shape], str(world.device), shard=names, world=world)
         config = Config.model_validate({"batch_size": world.size, "shard": names})

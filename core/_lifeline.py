@@ -78,7 +78,7 @@ class End:
 
 
 @contextmanager
-def ending_together(store: Store, *, rank: int, size: int, local_rank: int) -> Iterator[Store]:
+def exit_together(store: Store, *, rank: int, size: int, local_rank: int) -> Iterator[Store]:
     """Run the body as one of several ranks; all of them call this with the same store.
 
     Yields an empty namespace of the store: torchrun's store survives restarts of its processes. The

@@ -19,7 +19,7 @@ _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, err
 """Error numbers of file systems without locks, such as some network mounts."""
 
 
-class Held(Exception):
+class LockHeld(Exception):
     """The file is locked by another process or another part of this one, which the text names."""
 
 
@@ -48,7 +48,7 @@ class Lock:
         except BlockingIOError:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)
-            raise Held(holder or "another process") from None
+            raise LockHeld(holder or "another process") from None
         except BaseException:
             os.close(descriptor)
             raise

@@ -22,7 +22,7 @@ def set_up_logging(world: World) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
 
 
-def one_sentence(*, stopped: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def report_user_errors(*, stopped: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator for commands: errors become one sentence and exit code 2.
 
     stopped: message for a Ctrl-C without a message of its own.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from core._lifeline import ending_together
+from core._lifeline import exit_together
 from core.errors import UserError
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class World:
 
 
 @contextmanager
-def session(device: str = "auto") -> Iterator[World]:
+def process_group(device: str = "auto") -> Iterator[World]:
     """Join the process group if a launcher started several ranks; yield this process's world.
 
     A launcher is torchrun, or any program that sets the same environment variables. If a rank fails
@@ -84,7 +84,7 @@ def session(device: str = "auto") -> Iterator[World]:
         ) from error
 
     # the group, under the lifeline that ends all ranks together
-    with ending_together(store, rank=rank, size=size, local_rank=local_rank) as fresh_store:
+    with exit_together(store, rank=rank, size=size, local_rank=local_rank) as fresh_store:
         world = _world(device, rank=rank, size=size, local_rank=local_rank)
         is_cuda = world.device.type == "cuda"
         with _stdout_to_stderr():
@@ -127,7 +127,7 @@ def mean(tensor: Tensor, world: World) -> Tensor:
     return total
 
 
-def gather_rows(tensor: Tensor, world: World) -> Tensor:
+def all_gather_rows(tensor: Tensor, world: World) -> Tensor:
     """Return the rows of all ranks in rank order, on every rank: [N, …] -> [sum of N, …], detached.
 
     N may differ between ranks and may be 0.
@@ -150,7 +150,7 @@ def gather_rows(tensor: Tensor, world: World) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in parts])
 
 
-def from_main(value: T, world: World) -> T:
+def broadcast_from_main(value: T, world: World) -> T:
     """Return rank 0's value on every rank; values of other ranks are ignored."""
     if world.size == 1:
         return value
@@ -164,7 +164,7 @@ def any_rank(flag: bool, world: World) -> bool:
     return bool(mean(torch.tensor(float(flag), device=world.device), world) > 0)
 
 
-def shard(total: int, world: World) -> range:
+def local_range(total: int, world: World) -> range:
     """Return this rank's part of range(total): contiguous, in rank order, sizes differ by 1."""
     return range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
 

@@ -25,25 +25,25 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 
 
-class Lowerable(Protocol):
+class SupportsPrecision(Protocol):
     """A module with selectable precision."""
 
     compute_dtype: torch.dtype
 
 
 @contextmanager
-def computing_in(precision: Precision, networks: Iterable[nn.Module]) -> Iterator[None]:
+def compute_precision(precision: Precision, networks: Iterable[nn.Module]) -> Iterator[None]:
     """Set the compute precision of all supporting modules of the networks in the body.
 
     TF32, PyTorch's default for convolutions, is off in the body unless the precision is tf32.
     """
     modules = (module for network in networks for module in network.modules())
-    supporting = [cast(Lowerable, m) for m in modules if hasattr(m, "compute_dtype")]
+    supporting = [cast(SupportsPrecision, m) for m in modules if hasattr(m, "compute_dtype")]
     before = [module.compute_dtype for module in supporting]
     for module in supporting:
         module.compute_dtype = DTYPES[precision]
     try:
-        with rounding_products(precision == "tf32"):
+        with allow_tf32(precision == "tf32"):
             yield
     finally:
         for module, dtype in zip(supporting, before, strict=True):
@@ -51,7 +51,7 @@ def computing_in(precision: Precision, networks: Iterable[nn.Module]) -> Iterato
 
 
 @contextmanager
-def rounding_products(allowed: bool) -> Iterator[None]:
+def allow_tf32(allowed: bool) -> Iterator[None]:
     """Allow or forbid TF32, tensor cores' rounded products of float32, in the body."""
     before = bool(torch.backends.cuda.matmul.allow_tf32), torch.backends.cudnn.allow_tf32
     _set_tf32(allowed, allowed)

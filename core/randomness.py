@@ -67,7 +67,7 @@ class Draws:
         name = f"{self.seed}/{self.images_seen}/{self.scope}/{purpose}/{self.first}".encode()
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
 
-    def scoped(self, scope: str) -> Draws:
+    def with_scope(self, scope: str) -> Draws:
         """Return the draws of the same samples in another scope."""
         return replace(self, scope=scope)
 

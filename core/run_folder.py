@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core import _lock
-from core._lock import Held, Lock
+from core._lock import Lock, LockHeld
 from core.disk import flush, writing
 from core.errors import UserError
 from core.run_log import RunLog
@@ -119,7 +119,7 @@ class RunFolder:
         try:
             with writing(path):
                 lock = Lock.acquire(path)
-        except Held as holder:
+        except LockHeld as holder:
             raise UserError(
                 f"{self.path}: {holder} writes to this run; wait until it ends, or stop it"
             ) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from core.cli import one_sentence
+from core.cli import report_user_errors
 from core.errors import UserError
 from data import prepare as preparation
 from data.prepare import Options, Size, Summary, broken_lines
@@ -90,7 +90,7 @@ def main() -> None:
     "--skip-broken", is_flag=True, help="Leave out and list images that cannot be used, and go on."
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT.zip if it exists.")
-@one_sentence(stopped="stopped; nothing was written")
+@report_user_errors(stopped="stopped; nothing was written")
 def prepare(
     source: Path,
     out: Path,
@@ -146,8 +146,8 @@ def prepare(
         raise UserError(f"SOURCE and OUT are both {out}: write to another file")
 
     # read the source
-    labelling = "none" if no_labels else "flat" if flat_labels else "folders"
-    opened = preparation.open_source(source, labelling=labelling, split=split)
+    labeling = "none" if no_labels else "flat" if flat_labels else "folders"
+    opened = preparation.open_source(source, labeling=labeling, split=split)
     for remark in opened.remarks:
         click.echo(f"{source}: {remark}", err=True)
 

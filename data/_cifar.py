@@ -34,7 +34,7 @@ def is_at(path: Path) -> bool:
     return path.is_file() and path.name.lower().endswith((".tar", ".tgz", ".tar.gz"))
 
 
-def read(path: Path, split: Split, *, labelled: bool) -> Source:
+def read(path: Path, split: Split, *, labeled: bool) -> Source:
     """Return the images of one split, in the order of its batches.
 
     Raises UserError if a batch is missing, damaged or not of plain data.
@@ -62,11 +62,11 @@ def read(path: Path, split: Split, *, labelled: bool) -> Source:
     return Source(
         names=[f"{name}[{index}]" for name in batch_names for index in range(counts[name])],
         picture=lambda index: Image.fromarray(images[index]),
-        labels=[label for _, labels in batches for label in labels] if labelled else None,
-        class_names=class_names if labelled else None,
+        labels=[label for _, labels in batches for label in labels] if labeled else None,
+        class_names=class_names if labeled else None,
         remarks=(
             f"CIFAR-10, {split} images",
-            "labels from its batches" if labelled else "no labels, as --no-labels asks",
+            "labels from its batches" if labeled else "no labels, as --no-labels asks",
         ),
     )
 
@@ -125,7 +125,7 @@ def _unpickle(content: bytes, where: str) -> dict[str, object]:
     """Return a pickled dict with str keys; Python 2 strings become str."""
     from pretrained import nvidia_pickle  # it imports torch, which takes seconds
 
-    batch = nvidia_pickle.plain(content, what=where)
+    batch = nvidia_pickle.read_plain(content, what=where)
     if not isinstance(batch, dict):
         raise UserError(f"{where} holds a {type(batch).__name__}, expected a dict as CIFAR-10 has")
     return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in batch.items()}

@@ -22,9 +22,9 @@ from data._files import (
     read_class_names,
     read_labels,
 )
-from data._source import Source, Unusable
+from data._source import Source, UnusablePicture
 
-Labelling = Literal["folders", "flat", "none"]
+Labeling = Literal["folders", "flat", "none"]
 """Source of a class: the first folder level with several names; the innermost folder; none."""
 
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
@@ -38,7 +38,7 @@ _NUMBERED = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
 _OTHERS_NAMED = 3
 
 
-def read(path: Path, labelling: Labelling) -> Source:
+def read(path: Path, labeling: Labeling) -> Source:
     """Return the images of a folder or zip, sorted by name.
 
     Raises UserError if there are none, or if the labels do not fit them.
@@ -51,12 +51,12 @@ def read(path: Path, labelling: Labelling) -> Source:
         raise UserError(f"{path} holds no image; expected files that end in {', '.join(_SUFFIXES)}")
 
     # labels
-    if labelling != "none":
+    if labeling != "none":
         _check_labels_file(all_names, path)
-    if labelling != "none" and LABELS_FILE in all_names:
+    if labeling != "none" and LABELS_FILE in all_names:
         labels, class_names, remark = _labels_of_file(files, names, path)
     else:
-        labels, class_names, remark = _labels_of_folders(names, path, labelling)
+        labels, class_names, remark = _labels_of_folders(names, path, labeling)
 
     return Source(
         names=names,
@@ -71,13 +71,13 @@ def _open_picture(files: Files, name: str) -> Image.Image:
     try:
         content = files.read(name)
         if not content:
-            raise Unusable("the file is empty")
+            raise UnusablePicture("the file is empty")
         return Image.open(io.BytesIO(content), formats=_FORMATS)
     except UnidentifiedImageError as error:
-        raise Unusable("it is no image of a known format") from error
+        raise UnusablePicture("it is no image of a known format") from error
     except (*UNREADABLE, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise Unusable(why) from error
+        raise UnusablePicture(why) from error
 
 
 # Labels -----------------------------------------------------------------------------------------
@@ -97,12 +97,12 @@ def _labels_of_file(files: Files, names: Sequence[str], path: Path) -> _Labels:
     return _Labels(labels, read_class_names(files, labels, path), f"labels from {LABELS_FILE}")
 
 
-def _labels_of_folders(names: Sequence[str], path: Path, labelling: Labelling) -> _Labels:
-    if labelling == "none":
+def _labels_of_folders(names: Sequence[str], path: Path, labeling: Labeling) -> _Labels:
+    if labeling == "none":
         return _Labels(None, None, "no labels, as --no-labels asks")
     if all(_NUMBERED.fullmatch(name) for name in names):
         return _Labels(None, None, f"no labels: there is no {LABELS_FILE}")
-    classes = _classes(names, path, labelling)
+    classes = _classes(names, path, labeling)
     if classes is None:
         return _Labels(None, None, "no labels: all images lie in one folder")
     class_names = sorted(set(classes))
@@ -121,7 +121,7 @@ def _check_labels_file(all_names: Sequence[str], path: Path) -> None:
         )
 
 
-def _classes(names: Sequence[str], path: Path, labelling: Labelling) -> list[str] | None:
+def _classes(names: Sequence[str], path: Path, labeling: Labeling) -> list[str] | None:
     """Return the class name of each image, or None if there are no classes."""
     # folders below the common one
     folders = [PurePosixPath(name).parent.as_posix() for name in names]
@@ -136,7 +136,7 @@ def _classes(names: Sequence[str], path: Path, labelling: Labelling) -> list[str
         )
 
     # one class for each folder
-    if labelling == "flat":
+    if labeling == "flat":
         return below
     classes = [folder.partition("/")[0] for folder in below]
     if {name.lower() for name in classes} <= _SPLIT_FOLDERS:

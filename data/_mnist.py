@@ -33,7 +33,7 @@ def is_at(path: Path) -> bool:
     return _IMAGES_FILE.fullmatch(path.name) is not None
 
 
-def read(path: Path, split: Split | None, *, labelled: bool) -> Source:
+def read(path: Path, split: Split | None, *, labeled: bool) -> Source:
     """Return the images of an idx file or of one split (None: train) of a folder of them.
 
     Raises UserError if a file is missing, truncated or of another kind.
@@ -47,8 +47,8 @@ def read(path: Path, split: Split | None, *, labelled: bool) -> Source:
 
     # images and labels
     images = _read_idx(images_file, dimensions=3)
-    labels = _labels(images_file, len(images)) if labelled else None
-    origin = "labels from the file beside" if labelled else "no labels, as --no-labels asks"
+    labels = _labels(images_file, len(images)) if labeled else None
+    origin = "labels from the file beside" if labeled else "no labels, as --no-labels asks"
     is_digits_size = images.shape[1:] == (28, 28)
     return Source(
         names=[f"{images_file.name}[{index}]" for index in range(len(images))],

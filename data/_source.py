@@ -11,7 +11,7 @@ from PIL import Image
 Split = Literal["train", "test"]
 
 
-class Unusable(Exception):
+class UnusablePicture(Exception):
     """A picture cannot be used; the text gives the reason."""
 
 

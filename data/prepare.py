@@ -32,8 +32,8 @@ from core.disk import atomic_write
 from core.errors import UserError
 from data import _cifar, _folders, _mnist
 from data._files import CLASS_NAMES, LABELS_FILE, UNREADABLE
-from data._folders import Labelling
-from data._source import Source, Split, Unusable
+from data._folders import Labeling
+from data._source import Source, Split, UnusablePicture
 
 _Result = TypeVar("_Result")
 Size = tuple[int, int]
@@ -103,7 +103,7 @@ class _ConvertedImage(NamedTuple):
 
 
 def open_source(
-    path: Path, *, labelling: Labelling = "folders", split: Split | None = None
+    path: Path, *, labeling: Labeling = "folders", split: Split | None = None
 ) -> Source:
     """Return the pictures at a path: CIFAR-10 or MNIST as published, a folder, or a zip.
 
@@ -111,15 +111,15 @@ def open_source(
     images, or labels that do not fit them.
     """
     if _cifar.is_at(path):
-        return _cifar.read(path, split or "train", labelled=labelling != "none")
+        return _cifar.read(path, split or "train", labeled=labeling != "none")
     if _mnist.is_at(path):
-        return _mnist.read(path, split, labelled=labelling != "none")
+        return _mnist.read(path, split, labeled=labeling != "none")
     if split is not None:
         raise UserError(
             f"--split {split}: {path} has no such parts, only CIFAR-10 and MNIST have; give the "
             "folder of that part as SOURCE"
         )
-    return _folders.read(path, labelling)
+    return _folders.read(path, labeling)
 
 
 def prepare(
@@ -158,9 +158,9 @@ class _Writer:
         self._changes: Counter[str] = Counter()
         self._image = Image.new("L", (0, 0))
 
-    def add(self, index: int, result: _ConvertedImage | Unusable) -> None:
+    def add(self, index: int, result: _ConvertedImage | UnusablePicture) -> None:
         """Write one image, unless it or an earlier one is unusable."""
-        if isinstance(result, Unusable):
+        if isinstance(result, UnusablePicture):
             self._broken[self._source.names[index]] = str(result)
             return
         if self._written:
@@ -212,17 +212,17 @@ class _Writer:
 # One picture ------------------------------------------------------------------------------------
 
 
-def _try(source: Source, index: int, options: Options) -> _ConvertedImage | Unusable:
+def _try(source: Source, index: int, options: Options) -> _ConvertedImage | UnusablePicture:
     """Return one picture as an image of the set, or the reason against it.
 
     Raises UserError if the options do not fit a usable picture.
     """
     try:
         picture, changes = _opaque(source.picture(index))
-    except Unusable as why:
+    except UnusablePicture as why:
         return why
     except _UNDECODABLE as error:
-        return Unusable(str(error) or type(error).__name__)
+        return UnusablePicture(str(error) or type(error).__name__)
     if options.channels != "keep":
         picture = picture.convert("L" if options.channels == "1" else "RGB")
     image, more_changes = _fit(picture, source, index, options)
@@ -233,7 +233,7 @@ def _opaque(picture: Image.Image) -> _ConvertedImage:
     """Return a picture upright, 8-bit, L or RGB, without transparency. Raises Unusable."""
     frames = getattr(picture, "n_frames", 1)
     if frames > 1 and picture.format != "MPO":  # a JPEG with a second view behind it
-        raise Unusable(f"it has {frames} frames: an animation, or several pages")
+        raise UnusablePicture(f"it has {frames} frames: an animation, or several pages")
     changes = [_UPPER_BITS] * _has_16_bits(picture)
     is_rotated = picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
     changes += [_ROTATED] * is_rotated
@@ -262,7 +262,9 @@ def _eight_bits(picture: Image.Image, *, has_16_bits: bool) -> Image.Image:
     if picture.mode.startswith("I") and has_16_bits:
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode not in _OPAQUE:
-        raise Unusable(f"its pixels are of kind {picture.mode!r}, expected 8-bit grey or colour")
+        raise UnusablePicture(
+            f"its pixels are of kind {picture.mode!r}, expected 8-bit grey or colour"
+        )
     return picture.convert(_OPAQUE[picture.mode])
 
 

@@ -16,11 +16,11 @@ from torch import nn
 import generators
 import teachers
 from core import config, distributed, plugins
-from core.cli import one_sentence, set_up_logging
+from core.cli import report_user_errors, set_up_logging
 from core.distributed import World
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
-from core.precision import rounding_products
+from core.precision import allow_tf32
 from core.roles import Denoiser
 from core.run_folder import RunFolder
 from eval import edm_sampler, evaluator, features, progress, scorecard, standalone, subjects
@@ -137,7 +137,7 @@ def main() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, and nothing else.")
 @click.pass_context
-@one_sentence(stopped="stopped; nothing was measured to its end")
+@report_user_errors(stopped="stopped; nothing was measured to its end")
 def _measure(
     context: click.Context,
     source: str,
@@ -173,7 +173,7 @@ def _measure(
         definitions=config.with_overrides({}, definitions),
     )
     seeded = {"--images": images, "--seeds": seeds, "--first-seed": first_seed}
-    with rounding_products(False), distributed.session(device) as world:
+    with allow_tf32(False), distributed.process_group(device) as world:
         set_up_logging(world)
         with distributed.main_first(world):
             subject = _subject(source, sampler, world)
@@ -225,7 +225,7 @@ def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
     return subjects.of_teacher(
         network,
         partial(edm_sampler.sample, config=settings),
-        described=edm_sampler.described(cast(Denoiser, network), settings),
+        described=edm_sampler.describe(cast(Denoiser, network), settings),
         **named,
     )
 
@@ -282,7 +282,7 @@ def _kind(path: Path) -> Kind:
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.npz if it exists.")
-@one_sentence(stopped="stopped; nothing was written")
+@report_user_errors(stopped="stopped; nothing was written")
 def reference(
     source: str,
     out: Path,
@@ -304,7 +304,7 @@ def reference(
         raise UserError(f"{out}: a file of statistics must be named .npz to be known as one")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists: give another name, or --overwrite")
-    with rounding_products(False), distributed.session(device) as world:
+    with allow_tf32(False), distributed.process_group(device) as world:
         set_up_logging(world)
         with distributed.main_first(world):
             network = features.load(extractor, world.device)
@@ -314,7 +314,7 @@ def reference(
             keep=registry.Config(kept_images=kept_images) if keep_features else None,
             batch_size=batch_size,
             world=world,
-            show=progress.of_rank(world),
+            show=progress.for_rank(world),
         )
         if world.is_main:
             references.save_npz(out, made)

@@ -64,7 +64,7 @@ SOURCES = {
 """Name -> source."""
 
 
-class Published(NamedTuple):
+class FeatureNetwork(NamedTuple):
     """A published network, with name and hash of its weights file."""
 
     name: str
@@ -76,7 +76,7 @@ class Published(NamedTuple):
     """Features -> logits [N, K]; None without a classifier head."""
 
 
-def load(name: str, file: str, device: torch.device) -> Published:
+def load(name: str, file: str, device: torch.device) -> FeatureNetwork:
     """Return a network by its name in SOURCES. file: its weights; "" downloads them once."""
     builders = {"inception": _inception, "vgg16": _vgg16, "clip": _clip, "dinov2": _dino}
     build = builders[name.partition("-")[0]]
@@ -96,7 +96,7 @@ def plain_tensors(path: Path, *, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _inception(name: str, path: Path, device: torch.device) -> Published:
+def _inception(name: str, path: Path, device: torch.device) -> FeatureNetwork:
     """Return Inception v3 with the original FID weights: 2048 features, 1008 classes.
 
     The logits are without bias, as in Inception Scores.
@@ -111,7 +111,7 @@ def _inception(name: str, path: Path, device: torch.device) -> Published:
         ).to(device)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not hold the weights of Inception v3") from error
-    return Published(
+    return FeatureNetwork(
         *_identity(name, path),
         2048,
         lambda images: network(images)[0],
@@ -119,7 +119,7 @@ def _inception(name: str, path: Path, device: torch.device) -> Published:
     )
 
 
-def _vgg16(name: str, path: Path, device: torch.device) -> Published:
+def _vgg16(name: str, path: Path, device: torch.device) -> FeatureNetwork:
     """Return VGG16 up to its second hidden layer of 4096, for published precision and recall."""
     from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
@@ -129,10 +129,10 @@ def _vgg16(name: str, path: Path, device: torch.device) -> Published:
         ).to(device)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not hold the weights of VGG16") from error
-    return Published(*_identity(name, path), 4096, lambda images: network(images)[0])
+    return FeatureNetwork(*_identity(name, path), 4096, lambda images: network(images)[0])
 
 
-def _clip(name: str, path: Path, device: torch.device) -> Published:
+def _clip(name: str, path: Path, device: torch.device) -> FeatureNetwork:
     """Return the image encoder of CLIP.
 
     OpenAI publishes programs (TorchScript), not tensors: only files with the published checksums
@@ -148,10 +148,10 @@ def _clip(name: str, path: Path, device: torch.device) -> Published:
             name, ["clip"], feature_extractor_weights_path=str(path), verbose=False
         ).to(device)
     dimensions = network.model.visual.output_dim
-    return Published(*_identity(name, path), dimensions, lambda images: network(images)[0])
+    return FeatureNetwork(*_identity(name, path), dimensions, lambda images: network(images)[0])
 
 
-def _dino(name: str, path: Path, device: torch.device) -> Published:
+def _dino(name: str, path: Path, device: torch.device) -> FeatureNetwork:
     """Return DINOv2 with its class token after the last normalization as features."""
     from torch_fidelity.interpolate_compat_tensorflow import (
         interpolate_bilinear_2d_like_tensorflow1x as resize,
@@ -168,7 +168,7 @@ def _dino(name: str, path: Path, device: torch.device) -> Published:
         resized = resize(images.to(torch.float32), size=(224, 224), align_corners=False)
         return network((resized / 255 - mean) / deviation)
 
-    return Published(*_identity(name, path), network.width, function)
+    return FeatureNetwork(*_identity(name, path), network.width, function)
 
 
 def _identity(name: str, path: Path) -> tuple[str, str]:

@@ -31,7 +31,7 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._source = open_source(path, labelling="none")
+        self._source = open_source(path, labeling="none")
         self.image_shape: tuple[int, int, int] = tuple(self[0].shape)
         """(C, H, W) of every image."""
 
@@ -95,7 +95,7 @@ def read_full_data(path: Path) -> FullData:
 def _read_fields(path: Path) -> _Fields:
     """Return the fields of a file after checks of types and shapes."""
     # count
-    content = nvidia_pickle.plain(path.read_bytes(), what=str(path))
+    content = nvidia_pickle.read_plain(path.read_bytes(), what=str(path))
     if not isinstance(content, dict) or not {"num_items", "raw_mean", "raw_cov"} <= content.keys():
         raise UserError(
             f"{path} is a pickle, but not of statistics as StyleGAN's programs keep them: expected "

@@ -66,7 +66,7 @@ class Settings(NamedTuple):
     churn_noise: float = 1.0
 
 
-def published(denoiser: Denoiser) -> Settings:
+def published_settings(denoiser: Denoiser) -> Settings:
     """Return the published sampler settings for a kind of network.
 
     18 steps up to 32x32, 40 above; 32 for EDM2: the published programs' settings. 256 with churn
@@ -90,7 +90,7 @@ def settings_for(denoiser: Denoiser, config: Config) -> Settings:
     Raises UserError if they leave no noise levels in the denoiser's range.
     """
     overrides = {name: value for name, value in config.model_dump().items() if value is not None}
-    settings = published(denoiser)._replace(**overrides)
+    settings = published_settings(denoiser)._replace(**overrides)
     least, most = _range(denoiser, settings.sigma_min, settings.sigma_max)
     if least > most:
         raise UserError(
@@ -105,7 +105,7 @@ def settings_for(denoiser: Denoiser, config: Config) -> Settings:
     return settings
 
 
-def described(denoiser: Denoiser, config: Config) -> str:
+def describe(denoiser: Denoiser, config: Config) -> str:
     """Return a sentence with the settings and the number of network passes for an image."""
     settings = settings_for(denoiser, config)
     values = ", ".join(f"{name} {value:g}" for name, value in settings._asdict().items())

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from core.config import Section
-from core.distributed import World, any_rank, gather_rows, shard
+from core.distributed import World, all_gather_rows, any_rank, local_range
 from core.errors import EvaluationCancelled, UserError
 from eval import features, progress, reference
 from eval.feature_stats import Collected, Collector, Need, merged_over_ranks
@@ -28,7 +28,7 @@ from eval.metrics.path_length import WALKS, Distance
 from eval.metrics.registry import MetricResult, Request, metrics, parse
 from eval.progress import Advance, Show, silent
 from eval.reference import Reference
-from eval.samples import ImagesOf, evaluating
+from eval.samples import ImagesOf, eval_mode
 
 StopRequested = Callable[[], bool]
 
@@ -215,7 +215,7 @@ class Evaluator:
         """Return the features [N, D] of these seeds' images, on the CPU, the same on every rank."""
         with self.show(len(seeds)) as advance:
             local = torch.cat(list(self._local_features(images_of, seeds, advance)))
-        return gather_rows(local, self.world).cpu()
+        return all_gather_rows(local, self.world).cpu()
 
     def _feature_stats(
         self,
@@ -231,7 +231,7 @@ class Evaluator:
             self.config.definitions,
             images=len(seeds),
             head=self.extractor.head,
-            first=shard(len(seeds), self.world).start,
+            first=local_range(len(seeds), self.world).start,
         )
         for batch in self._local_features(images_of, seeds, advance, stop_requested):
             collector.add(batch)
@@ -251,7 +251,7 @@ class Evaluator:
             raise UserError(
                 f"{len(seeds)} images are fewer than {self.world.size} ranks: measure on more"
             )
-        share, size = shard(len(seeds), self.world), self.config.batch_size
+        share, size = local_range(len(seeds), self.world), self.config.batch_size
         for start in range(share.start, share.stop, size):
             if stop_requested():
                 return
@@ -270,7 +270,7 @@ class Evaluator:
             advance(len(first) * self.world.size)
             return between(first, second)
 
-        with evaluating(student):
+        with eval_mode(student):
             return path_length.perceptual_path_length(
                 student,
                 self.distance._replace(function=counted),
@@ -300,7 +300,7 @@ def load(config: Config, *, image_shape: tuple[int, int, int], world: World) -> 
         extractor=extractor,
         distance=_distance(config, world) if _walks(requests) else None,
         world=world,
-        show=progress.of_rank(world),
+        show=progress.for_rank(world),
     )
 
 

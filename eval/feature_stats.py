@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.distributed import World, gather_rows
+from core.distributed import World, all_gather_rows
 from core.errors import UserError
 
 Need = Literal["moments", "features", "classes", "student"]
@@ -266,7 +266,7 @@ def merged_over_ranks(part: Collected, world: World) -> Collected:
     """
     parts = [
         Collected(int(count))
-        for count in gather_rows(torch.tensor([part.images], device=world.device), world)
+        for count in all_gather_rows(torch.tensor([part.images], device=world.device), world)
     ]
     if part.statistics is not None:
         for one, statistics in zip(parts, _all_moments(part.statistics, world), strict=True):
@@ -278,7 +278,7 @@ def merged_over_ranks(part: Collected, world: World) -> Collected:
     for other in parts[1:]:
         merged = merged.merge(other)
     if part.features is not None:
-        merged.features = gather_rows(part.features.to(world.device), world).cpu()
+        merged.features = all_gather_rows(part.features.to(world.device), world).cpu()
     return merged
 
 
@@ -288,7 +288,7 @@ def _all_moments(part: FeatureStatistics, world: World) -> list[FeatureStatistic
     count = part.mean.new_tensor([part.count])
     row = torch.cat([count, part.mean, part.scatter.flatten()])
     found = []
-    for other in gather_rows(row[None].to(world.device), world).cpu():
+    for other in all_gather_rows(row[None].to(world.device), world).cpu():
         count, mean, scatter = other.split([1, dimensions, dimensions**2])
         found.append(FeatureStatistics(int(count), mean, scatter.view(dimensions, dimensions)))
     return found
@@ -299,5 +299,5 @@ def _all_classes(part: ClassStatistics, world: World) -> list[ClassStatistics]:
     sums = torch.cat([part.counts[:, None], part.negentropy[:, None], part.probabilities], 1)
     return [
         ClassStatistics(part.split_of, other[:, 0], other[:, 1], other[:, 2:])
-        for other in gather_rows(sums[None].to(world.device), world).cpu()
+        for other in all_gather_rows(sums[None].to(world.device), world).cpu()
     ]

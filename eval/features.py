@@ -202,7 +202,7 @@ def _pixels(device: torch.device) -> Extractor:
     )
 
 
-def _published_extractor(published: _published.Published, device: torch.device) -> Extractor:
+def _published_extractor(published: _published.FeatureNetwork, device: torch.device) -> Extractor:
     """Return the extractor of a published network; one-channel images are repeated to three."""
 
     def function(images: Tensor) -> Tensor:

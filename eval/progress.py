@@ -36,7 +36,7 @@ def silent(images: int) -> Iterator[Advance]:
     yield lambda done: None
 
 
-def of_rank(world: World) -> Show:
+def for_rank(world: World) -> Show:
     """Return the display on stderr for rank 0, and the silent one for other ranks."""
     return on_stderr if world.is_main else silent
 

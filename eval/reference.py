@@ -102,7 +102,7 @@ def reference_statistics(
     images = image_set(path)
     if len(images) < 2:
         raise UserError(f"{path} holds one image: reference statistics need at least 2")
-    sha256 = distributed.from_main(images.sha256 if world.is_main else "", world)
+    sha256 = distributed.broadcast_from_main(images.sha256 if world.is_main else "", world)
     folder = cache_path("references").parent / "references" if cache is None else cache
     suffix = "" if keep is None else f"-{keep.kept_images}-{keep.random_seed}"
     path = folder / f"{sha256[:24]}-{extractor.sha256[:24]}{suffix}.npz"
@@ -220,7 +220,7 @@ def _collect(
     # this rank's share
     if len(images) < 2 * world.size:  # too few for each rank to have an even and an odd one
         world = World.single(world.device)
-    share = distributed.shard(len(images), world)
+    share = distributed.local_range(len(images), world)
     even, odd = (Collector({"moments"}, images=len(images)) for _ in range(2))
     whole = Collector(
         frozenset() if keep is None else {"features"},

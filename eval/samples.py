@@ -66,7 +66,7 @@ def images_of_seeds(
     def images_of(seeds: Sequence[int]) -> Tensor:
         latents, labels = inputs_of(network, seeds)
         latents, labels = latents.to(device), None if labels is None else labels.to(device)
-        with evaluating(network):
+        with eval_mode(network):
             if sampler is None:
                 images = network(latents, labels)
             else:
@@ -118,7 +118,7 @@ class Pairs(NamedTuple):
     """Samples of the teacher from the same latents, [N, C, H, W] uint8; None for other shapes."""
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """Generated images with the smallest distances to real images."""
 
     seeds: tuple[int, ...]
@@ -172,7 +172,7 @@ def pair_seeds(network: nn.Module, count: int, *, first_seed: int = 0) -> list[i
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """Set a network to eval mode without gradients in the body; then restore each module's mode."""
     training = [module for module in network.modules() if module.training]
     network.eval()

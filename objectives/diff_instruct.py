@@ -119,7 +119,7 @@ def make(networks: Networks, draws: Draws, *, dropout: bool = False) -> Made:
     student = cast(Student, unwrap(networks.student))
     latents = draws.normal("latents", student.latent_shape)
     labels = draws.integers("labels", student.num_classes) if student.num_classes else None
-    with dropping(networks.student, draws.scoped(f"{draws.scope}/make"), wanted=dropout):
+    with dropping(networks.student, draws.with_scope(f"{draws.scope}/make"), wanted=dropout):
         images = networks.student(latents, labels)
     return Made(networks.adapter(images), labels)
 

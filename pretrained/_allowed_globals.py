@@ -20,7 +20,7 @@ _Kind = TypeVar("_Kind")
 _NUMBER_CODE = re.compile(r"[<=|]?[biufc]\d{1,2}")
 
 
-class Refused(Exception):
+class NotAllowed(Exception):
     """A global or an operation of the pickle is not allowed; the text names it."""
 
 
@@ -32,7 +32,7 @@ class Global:
     call: Callable[..., object]
 
 
-class Located(bytes):
+class PositionedBytes(bytes):
     """Bytes with their position in the file."""
 
     position: int
@@ -48,7 +48,7 @@ class Storage:
     """Offset of the values in the file; None if the file encodes them differently from memory."""
 
 
-def typed(value: object, kind: type[_Kind]) -> _Kind:
+def expect_type(value: object, kind: type[_Kind]) -> _Kind:
     """Return the value. Raises TypeError if it is of another type."""
     if not isinstance(value, kind):
         raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
@@ -61,26 +61,28 @@ def typed(value: object, kind: type[_Kind]) -> _Kind:
 def storage(content: bytes) -> Storage:
     """Return a storage from a torch.save inside the pickle; its values are the last bytes."""
     # read by torch's own restricted unpickler
-    if typed(content, bytes).startswith(b"PK"):  # never written by torch here; a zip could inflate
-        raise Refused("a zip archive inside a storage")
+    if expect_type(content, bytes).startswith(
+        b"PK"
+    ):  # never written by torch here; a zip could inflate
+        raise NotAllowed("a zip archive inside a storage")
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         match = re.search(r"GLOBAL ([\w.]+\w)", str(error))
         if match is None:
             raise
-        raise Refused(f"{match[1]} inside a storage") from error
+        raise NotAllowed(f"{match[1]} inside a storage") from error
 
     # flat values, and their position in the file
     if not isinstance(loaded, torch.TypedStorage):
-        raise Refused(f"a {type(loaded).__name__} inside a storage")
+        raise NotAllowed(f"a {type(loaded).__name__} inside a storage")
     values = torch.empty(0, dtype=loaded.dtype).set_(loaded)  # pyright: ignore[reportArgumentType]
-    if not isinstance(content, Located):
+    if not isinstance(content, PositionedBytes):
         return Storage(values, None)
     return Storage(values, content.position + len(content) - values.nbytes)
 
 
-def part(
+def tensor_view(
     storage: Storage,
     offset: int,
     size: tuple[int, ...],
@@ -89,10 +91,10 @@ def part(
 ) -> Tensor:
     """Return a part of a storage as a contiguous tensor."""
     if metadata:
-        raise Refused("a tensor with conjugate or negative bits")
-    values = typed(storage, Storage).values
+        raise NotAllowed("a tensor with conjugate or negative bits")
+    values = expect_type(storage, Storage).values
     if math.prod(size) > values.numel():
-        raise Refused("a tensor that is larger than its storage")
+        raise NotAllowed("a tensor that is larger than its storage")
     view = values.as_strided(size, stride, offset)  # checks the bounds; set_ would grow the storage
     is_whole_storage = view.numel() == values.numel()
     return (
@@ -101,7 +103,7 @@ def part(
 
 
 def _parameter(data: Tensor, requires_grad: bool, hooks: object) -> Tensor:
-    return typed(data, Tensor)
+    return expect_type(data, Tensor)
 
 
 # Replacements of constructors of NumPy numbers and arrays ---------------------------------------
@@ -109,7 +111,7 @@ def _parameter(data: Tensor, requires_grad: bool, hooks: object) -> Tensor:
 
 def _dtype(code: str, align: bool = False, copy: bool = True) -> np.dtype:
     if not _NUMBER_CODE.fullmatch(code):
-        raise Refused(f"numpy.dtype {code!r}")
+        raise NotAllowed(f"numpy.dtype {code!r}")
     return np.dtype(code)
 
 
@@ -117,24 +119,24 @@ def check_dtype_state(state: tuple[object, ...]) -> None:
     """Raise Refused unless the dtype is of little-endian numbers; its state is set already."""
     _version, order, *structure = state[:5]
     if order not in ("<", "|", "=") or structure != [None, None, None]:
-        raise Refused("a numpy.dtype of other than little-endian numbers")
+        raise NotAllowed("a numpy.dtype of other than little-endian numbers")
 
 
 def _scalar(dtype: np.dtype, raw: bytes) -> int | float | complex | bool:
-    (number,) = np.frombuffer(raw, typed(dtype, np.dtype)).tolist()
+    (number,) = np.frombuffer(raw, expect_type(dtype, np.dtype)).tolist()
     return number
 
 
 def _empty_array(kind: Global, shape: tuple[int, ...], code: bytes) -> np.ndarray:
     if not (isinstance(kind, Global) and kind.name == "numpy.ndarray"):
-        raise Refused("a numpy array of another class")
+        raise NotAllowed("a numpy array of another class")
     return np.empty(0)
 
 
 def fill_array(array: np.ndarray, state: tuple[object, ...]) -> None:
     _version, _shape, dtype, _fortran, raw = state
     if not (isinstance(dtype, np.dtype) and isinstance(raw, bytes)):
-        raise Refused("a numpy array of other than numbers")
+        raise NotAllowed("a numpy array of other than numbers")
     array.__setstate__(state)  # pyright: ignore[reportArgumentType]  # checks the shape against the length
 
 
@@ -142,8 +144,8 @@ def _array_from_buffer(
     buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str, axis_order: object = None
 ) -> np.ndarray:
     if axis_order is not None or order not in ("C", "F"):
-        raise Refused("a numpy array with permuted axes")
-    return np.frombuffer(buffer, typed(dtype, np.dtype)).reshape(shape, order=order).copy()
+        raise NotAllowed("a numpy array with permuted axes")
+    return np.frombuffer(buffer, expect_type(dtype, np.dtype)).reshape(shape, order=order).copy()
 
 
 # The table --------------------------------------------------------------------------------------
@@ -151,12 +153,12 @@ def _array_from_buffer(
 
 def _latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise Refused(f"_codecs.encode to {encoding!r}")
+        raise NotAllowed(f"_codecs.encode to {encoding!r}")
     return text.encode("latin1")
 
 
 def _uncallable(*args: object) -> object:
-    raise Refused("numpy.ndarray called by itself")
+    raise NotAllowed("numpy.ndarray called by itself")
 
 
 CALLS: dict[tuple[str, str], Callable[..., object]] = {

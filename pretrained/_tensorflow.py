@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
-from pretrained._allowed_globals import typed
+from pretrained._allowed_globals import expect_type
 
 _Layout = Callable[[np.ndarray], np.ndarray]
 _OLDEST_VERSION = 4
@@ -35,32 +35,32 @@ class TensorflowNetwork:
     @property
     def function(self) -> str:
         """Return the name of the function that builds it, such as "G_main"."""
-        return typed(self.state["build_func_name"], str)
+        return expect_type(self.state["build_func_name"], str)
 
     @property
     def arguments(self) -> dict[str, object]:
         """Return the arguments of that function."""
-        return typed(self.state["static_kwargs"], dict)
+        return expect_type(self.state["static_kwargs"], dict)
 
     @property
     def module_source(self) -> str:
         """Return its embedded source code, which must not be run."""
-        return typed(self.state["build_module_src"], str)
+        return expect_type(self.state["build_module_src"], str)
 
     def variables(self) -> dict[str, np.ndarray]:
         """Return its variables and those of its components by name, float32.
 
         Raises UserError if it is older than StyleGAN2 or its components have components.
         """
-        version = typed(self.state["version"], int)
+        version = expect_type(self.state["version"], int)
         if version < _OLDEST_VERSION:
             raise UserError(
                 f"its TensorFlow networks are of version {version}, from before StyleGAN2: "
                 f"expected {_OLDEST_VERSION} or later"
             )
         variables = dict(_own_variables(self))
-        for prefix, component in typed(self.state.get("components", {}), dict).items():
-            below = typed(component, TensorflowNetwork)
+        for prefix, component in expect_type(self.state.get("components", {}), dict).items():
+            below = expect_type(component, TensorflowNetwork)
             if below.state.get("components"):
                 raise UserError(f"its TensorFlow network {prefix} is made of others, unlike any")
             variables.update((f"{prefix}/{name}", value) for name, value in _own_variables(below))
@@ -68,8 +68,8 @@ class TensorflowNetwork:
 
 
 def _own_variables(network: TensorflowNetwork) -> Iterator[tuple[str, np.ndarray]]:
-    for name, value in typed(network.state["variables"], list):
-        yield typed(name, str), np.asarray(value, dtype=np.float32)
+    for name, value in expect_type(network.state["variables"], list):
+        yield expect_type(name, str), np.asarray(value, dtype=np.float32)
 
 
 class Generator(NamedTuple):
@@ -138,7 +138,9 @@ def _arguments(given: Mapping[str, object]) -> dict[str, object]:
             raise UserError(f"its TensorFlow generator has the argument {name!r}, unknown here")
     arguments = {new: given.get(old, default) for old, (new, default) in _DEFAULTS.items()}
     mapping = {new: given.get(old, default) for old, (new, default) in _MAPPING_DEFAULTS.items()}
-    arguments["channel_base"] = typed(arguments["channel_base"], int) * 2  # of half the resolution
+    arguments["channel_base"] = (
+        expect_type(arguments["channel_base"], int) * 2
+    )  # of half the resolution
     return {**arguments, "mapping_kwargs": mapping}
 
 

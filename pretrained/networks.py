@@ -46,7 +46,7 @@ class Source:
         return f"{self.path}: its {self.record}, {self.family} network; {others}"
 
 
-class Opened(NamedTuple):
+class LoadedNetwork(NamedTuple):
     """A network and its origin."""
 
     network: nn.Module
@@ -60,7 +60,7 @@ def load(folder: str, source: str | Path, *, records: Sequence[str]) -> nn.Modul
     return network
 
 
-def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Opened:
+def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> LoadedNetwork:
     """Return the network of a weights file, in eval mode on the CPU, float32, and its origin.
 
     folder: "generators" or "teachers". source: path or URL of our safetensors or of a published
@@ -73,7 +73,7 @@ def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Ope
         if file.family not in plugins.names(folder):
             raise _unknown(folder, f"{file.family} weights", file.path)
         network = _rebuild(folder, file.family, file.config, file.tensors, path=file.path)
-        return Opened(network, Source(file.path, file.sha256, file.family))
+        return LoadedNetwork(network, Source(file.path, file.sha256, file.family))
 
     # a published pickle
     name = next((name for name in records if name in file.records), records[0])
@@ -81,7 +81,7 @@ def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Ope
     family, shape = _match_family(folder, record, file)
     network = _rebuild(folder, family, shape, record.tensors, path=file.path)
     beside = (*(other for other in file.records if other != name), *file.beside)
-    return Opened(network, Source(file.path, file.sha256, family, name, beside))
+    return LoadedNetwork(network, Source(file.path, file.sha256, family, name, beside))
 
 
 def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | None = None) -> None:

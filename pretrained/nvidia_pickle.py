@@ -28,13 +28,13 @@ from core.errors import UserError
 from pretrained import _allowed_globals, _tensorflow
 from pretrained._allowed_globals import (
     Global,
-    Located,
-    Refused,
+    NotAllowed,
+    PositionedBytes,
     Storage,
     check_dtype_state,
+    expect_type,
     fill_array,
-    part,
-    typed,
+    tensor_view,
 )
 from pretrained._tensorflow import TensorflowNetwork
 
@@ -143,7 +143,7 @@ def read(path: str | Path) -> Content:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except Refused as refusal:
+    except NotAllowed as refusal:
         raise UserError(_refusal_sentence(path, str(refusal))) from refusal
     except _DAMAGE as error:
         raise UserError(
@@ -159,7 +159,7 @@ def read(path: str | Path) -> Content:
     return Content(top, reader.stored)
 
 
-def plain(content: bytes, *, what: str) -> object:
+def read_plain(content: bytes, *, what: str) -> object:
     """Return the content of a Python 2 pickle of numbers, text, arrays and collections of them.
 
     Byte strings are returned as text. what: the file's name, for errors. Raises UserError if the
@@ -167,7 +167,7 @@ def plain(content: bytes, *, what: str) -> object:
     """
     try:
         return _Python2Reader(content).load()
-    except Refused as refusal:
+    except NotAllowed as refusal:
         refused = "".join(c if c.isprintable() else "?" for c in str(refusal)[:200])
         raise UserError(
             f"{what} asks for {refused!r}, which a pickle of numbers does not need; it was "
@@ -245,14 +245,14 @@ class _Reader(pickle._Unpickler):
         if (module, name) in self._own_globals:
             return Global(full_name, self._own_globals[module, name])
         if (module, name) not in _GLOBALS:
-            raise Refused(full_name)
+            raise NotAllowed(full_name)
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: object) -> object:
-        raise Refused(f"the persistent id {pid!r}")
+        raise NotAllowed(f"the persistent id {pid!r}")
 
     def get_extension(self, code: int) -> None:
-        raise Refused(f"the extension code {code}")
+        raise NotAllowed(f"the extension code {code}")
 
     def _instantiate(self, klass: object, args: Iterable[object]) -> None:
         self.append(_call(klass, tuple(args)))
@@ -262,7 +262,7 @@ class _Reader(pickle._Unpickler):
         self.stack[-1] = _call(self.stack[-1], args)
 
     def load_newobj_ex(self) -> None:
-        raise Refused("an object made with keyword arguments (opcode NEWOBJ_EX)")
+        raise NotAllowed("an object made with keyword arguments (opcode NEWOBJ_EX)")
 
     def load_short_binbytes(self) -> None:
         self._append_bytes(self.read(1)[0])
@@ -274,7 +274,7 @@ class _Reader(pickle._Unpickler):
         self._append_bytes(*struct.unpack("<Q", self.read(8)))
 
     def _append_bytes(self, length: int) -> None:
-        content = Located(self.read(length))  # limited by the file, for any claimed length
+        content = PositionedBytes(self.read(length))  # limited by the file, for any claimed length
         frame = self._unframer.current_frame  # pyright: ignore[reportAttributeAccessIssue]
         ahead = len(frame.getbuffer()) - frame.tell() if frame else 0  # read, not yet used
         content.position = self._file.tell() - ahead - len(content)
@@ -289,17 +289,17 @@ class _Reader(pickle._Unpickler):
         state = self.stack.pop()
         target = self.stack[-1]
         if type(target) is NetworkRecord:
-            target.tensors.update(self._tensors(typed(state, dict)))
-            target.attributes.update(_attributes(typed(state, dict)))
+            target.tensors.update(self._tensors(expect_type(state, dict)))
+            target.attributes.update(_attributes(expect_type(state, dict)))
         elif type(target) is TensorflowNetwork:
-            target.state.update(typed(state, dict))
+            target.state.update(expect_type(state, dict))
         elif type(target) is np.ndarray:
-            fill_array(target, typed(state, tuple))
+            fill_array(target, expect_type(state, tuple))
         elif isinstance(target, np.dtype):
-            check_dtype_state(typed(state, tuple))
+            check_dtype_state(expect_type(state, tuple))
         else:
             name = target.name if isinstance(target, Global) else f"a {type(target).__name__}"
-            raise Refused(f"a new state for {name}")
+            raise NotAllowed(f"a new state for {name}")
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
         **pickle._Unpickler.dispatch,
@@ -324,18 +324,18 @@ class _Reader(pickle._Unpickler):
         metadata: object = None,
     ) -> Tensor:
         """Return a tensor without gradient flag and hooks; record its view of the storage."""
-        tensor = part(storage, offset, size, stride, metadata)
+        tensor = tensor_view(storage, offset, size, stride, metadata)
         self.stored.append(StoredTensor(tensor, storage, offset, tuple(size), tuple(stride)))
         return tensor
 
     def _record(self, meta: Mapping[str, object]) -> NetworkRecord:
         """Return the record of a persistent object, whose children are complete records already."""
-        kind, version, state = meta["type"], meta["version"], typed(meta["state"], dict)
+        kind, version, state = meta["type"], meta["version"], expect_type(meta["state"], dict)
         class_name, module_source = meta["class_name"], meta["module_src"]
         if (kind, version) != ("class", _PERSISTENCE_VERSION):
-            raise Refused(f"{_PERSISTENCE} of type {kind!r}, version {version!r}")
+            raise NotAllowed(f"{_PERSISTENCE} of type {kind!r}, version {version!r}")
         if not (isinstance(class_name, str) and isinstance(module_source, str)):
-            raise Refused(f"{_PERSISTENCE} without a class name or source")
+            raise NotAllowed(f"{_PERSISTENCE} without a class name or source")
         return NetworkRecord(
             class_name=class_name,
             module_source=module_source,
@@ -351,15 +351,19 @@ class _Reader(pickle._Unpickler):
         parameters, buffers = state.get("_parameters", {}), state.get("_buffers", {})
         transient = state.get("_non_persistent_buffers_set", ())
         own = {**parameters, **{k: v for k, v in buffers.items() if k not in transient}}
-        tensors = {typed(k, str): typed(v, Tensor) for k, v in own.items() if v is not None}
+        tensors = {
+            expect_type(k, str): expect_type(v, Tensor) for k, v in own.items() if v is not None
+        }
 
         # children, with a limit against exponential nesting
         children = state.get("_modules", {}).items()
-        for name, child in ((k, typed(v, NetworkRecord)) for k, v in children if v is not None):
+        for name, child in (
+            (k, expect_type(v, NetworkRecord)) for k, v in children if v is not None
+        ):
             lengths = sum(map(len, child.tensors)) + len(child.tensors) * len(name)
             self._name_characters += lengths
             if self._name_characters > _NAME_CHARACTERS_LIMIT:
-                raise Refused("more tensor names than any network has")
+                raise NotAllowed("more tensor names than any network has")
             tensors.update({f"{name}.{k}": v for k, v in child.tensors.items()})
         return tensors
 
@@ -385,8 +389,8 @@ class _Python2Reader(_Reader):
 
 def _call(target: object, args: object) -> object:
     if not isinstance(target, Global):
-        raise Refused(f"a call of a {type(target).__name__}")
-    return target.call(*typed(args, tuple))
+        raise NotAllowed(f"a call of a {type(target).__name__}")
+    return target.call(*expect_type(args, tuple))
 
 
 def _attributes(state: Mapping[str, object]) -> dict[str, object]:

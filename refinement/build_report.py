@@ -74,9 +74,7 @@ def pair_seeds(run: Run) -> list[int]:
     return samples.pair_seeds(run.original, run.recipe.evaluation.pairs)
 
 
-def neighbors(
-    run: Run, made: data.Report, images_of: samples.ImagesOf
-) -> samples.Neighbours | None:
+def neighbors(run: Run, made: data.Report, images_of: samples.ImagesOf) -> samples.Neighbors | None:
     """Return pictures of the images after that come nearest to real ones, where those are at hand.
 
     images_of: of the student after.
@@ -91,7 +89,7 @@ def neighbors(
     kept = kept_indices(len(images), config.kept_images, config.random_seed)
     seeds = [pair.image for pair in made.nearness.nearest]
     real = torch.stack([images[int(kept[pair.real])] for pair in made.nearness.nearest])
-    return samples.Neighbours(tuple(seeds), images_of(seeds).cpu(), real)
+    return samples.Neighbors(tuple(seeds), images_of(seeds).cpu(), real)
 
 
 def file_of(section: NetworkSection) -> dict[str, str | None]:
@@ -128,12 +126,12 @@ def _sampler(run: Run) -> str | None:
     """Return how a denoiser is sampled in this run, if one is: the teacher, or the student."""
     recipe = run.recipe
     if recipe.teacher is None:
-        return edm_sampler.described(run.original, recipe.sampler)
+        return edm_sampler.describe(run.original, recipe.sampler)
     settings = recipe.evaluation
     is_sampled = settings.teacher == SAMPLED or settings.reference == "teacher"
     if recipe.mode == "gan" and not is_sampled:
         return None
-    return edm_sampler.described(run.parts.teacher, recipe.sampler)
+    return edm_sampler.describe(run.parts.teacher, recipe.sampler)
 
 
 def _teacher_sees(parts: Parts) -> str | None:

@@ -204,7 +204,7 @@ def with_teacher_samples(
     made, measures = parts.teacher_samples, parts.evaluator
     if measures is None or not (is_reference or settings.teacher):
         return parts
-    if made is None and distributed.from_main(folder.teacher_samples.exists(), world):
+    if made is None and distributed.broadcast_from_main(folder.teacher_samples.exists(), world):
         made = reference.read_npz(folder.teacher_samples, measures.extractor)
     elif made is None:
         made = _sampled(parts, measures, settings)

@@ -38,7 +38,7 @@ def evaluate(run: Run, when: Literal["before", "after"], student: nn.Module) -> 
     if evaluator is None:
         return
     is_logged = logged_metrics(run.folder, when, images_seen) is not None
-    if distributed.from_main(is_logged, run.world):
+    if distributed.broadcast_from_main(is_logged, run.world):
         return
 
     settings = run.recipe.evaluation
@@ -63,7 +63,9 @@ def logged_metrics(
 def start_curve(run: Run) -> None:
     """Evaluate at the start of training, unless an earlier process did."""
     has_curve = run.folder.log.last(Evaluation, when="training") is not None
-    if run.recipe.evaluation.every_kimg == 0 or distributed.from_main(has_curve, run.world):
+    if run.recipe.evaluation.every_kimg == 0 or distributed.broadcast_from_main(
+        has_curve, run.world
+    ):
         return
     scores = while_training(run, run.state)
     if run.world.is_main:
@@ -110,7 +112,7 @@ def compare(run: Run, student: nn.Module) -> None:
     if evaluator is None or not (drifts or real is not None):
         return
     is_logged = run.folder.log.last(ImageComparison, images_seen=images_seen) is not None
-    if distributed.from_main(is_logged, run.world):
+    if distributed.broadcast_from_main(is_logged, run.world):
         return
 
     seeds = range(max(2, run.world.size, min(COMPARED_IMAGES, run.recipe.evaluation.images)))

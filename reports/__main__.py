@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from core.cli import one_sentence
+from core.cli import report_user_errors
 from core.errors import UserError
 from reports import compare, data, text, write
 
@@ -19,7 +19,7 @@ from reports import compare, data, text, write
     metavar="FILE.html",
     help="Path of the comparison page.  [default: comparison.html]",
 )
-@one_sentence(stopped="stopped; nothing was written")
+@report_user_errors(stopped="stopped; nothing was written")
 def main(runs: tuple[Path, ...], out: Path | None) -> None:
     """Print a run's report; of several runs, write one page that compares them.
 

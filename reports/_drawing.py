@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from reports.data import CurvePoint
 
-COLOURS = 8
+COLORS = 8
 """How many curves the page can tell apart: classes c0 to c7 of its style."""
 _WIDTH, _HEIGHT = 720, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 122, 18, 40
@@ -47,14 +47,14 @@ def drawing(series: Sequence[Series], levels: Mapping[str, float]) -> str:
     scale = _Scale(seen_ticks[-1], value_ticks[-1])
     parts = [*_grid(scale, seen_ticks, value_ticks), *_levels(scale, levels)]
     for index, one in enumerate(series):
-        parts += _curve(scale, one, colour=f"c{index % COLOURS}")
+        parts += _curve(scale, one, color=f"c{index % COLORS}")
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
 def legend(series: Sequence[Series]) -> str:
     """Return which curve is which, as a list."""
     items = "".join(
-        f'<li><svg viewBox="0 0 28 10"><polyline class="c{index % COLOURS}" points="0,5 28,5"/>'
+        f'<li><svg viewBox="0 0 28 10"><polyline class="c{index % COLORS}" points="0,5 28,5"/>'
         f"</svg>{escape(one.name)}</li>"
         for index, one in enumerate(series)
     )
@@ -85,15 +85,15 @@ def _levels(scale: _Scale, levels: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _curve(scale: _Scale, series: Series, *, colour: str) -> list[str]:
+def _curve(scale: _Scale, series: Series, *, color: str) -> list[str]:
     places = [(scale.x(seen), scale.y(value)) for seen, value in series.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dots = [
-        f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(series.name)}, '
+        f'<circle class="{color}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(series.name)}, '
         f"{seen:,} images: {value:.4g}</title></circle>"
         for (x, y), (seen, value) in zip(places, series.points, strict=True)
     ]
-    return [f'<polyline class="{colour}" points="{path}"/>', *dots]
+    return [f'<polyline class="{color}" points="{path}"/>', *dots]
 
 
 def _ticks(largest: float) -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.display import metric_title
 from eval.metrics.registry import metrics
-from eval.samples import Neighbours, Pairs
+from eval.samples import Neighbors, Pairs
 from reports._drawing import Series, drawing
 from reports._html import coded, document, notes
 from reports._warnings import warnings
@@ -27,7 +27,7 @@ _LARGEST = 256
 """Pixels of an image's longer side in the page; larger ones are shrunk."""
 
 
-def page(report: Report, pairs: Pairs | None, neighbours: Neighbours | None) -> str:
+def page(report: Report, pairs: Pairs | None, neighbours: Neighbors | None) -> str:
     """Return the page as HTML."""
     sections = [
         _headline(report),
@@ -101,7 +101,7 @@ def _pairs(pairs: Pairs | None) -> str:
     )
 
 
-def _remarks(report: Report, neighbours: Neighbours | None) -> str:
+def _remarks(report: Report, neighbours: Neighbors | None) -> str:
     """Return what became of single images, with those that come nearest to real ones."""
     parts = [
         f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p></section>"

@@ -18,7 +18,7 @@ from torch import Tensor
 from eval.samples import Pairs
 
 _BEFORE, _AFTER, _QUIET, _INK = "#8a8f98", "#1f6feb", "#57606a", "#1f2328"
-_LEVEL_COLOURS = ("#2d8a4e", "#cf6a1b", "#8250df")
+_LEVEL_COLORS = ("#2d8a4e", "#cf6a1b", "#8250df")
 _TILE = 72
 """Pixels of the longer side of an image in a picture, at least."""
 _LEFT, _TOP, _SEAM, _GAP = 92, 58, 4, 18
@@ -34,7 +34,7 @@ def pairs_picture(pairs: Pairs) -> bytes:
     """
     lines = [("before", _BEFORE, _tiles(pairs.before)), ("after", _AFTER, _tiles(pairs.after))]
     if pairs.teacher is not None:
-        lines.append(("teacher", _LEVEL_COLOURS[0], _tiles(pairs.teacher)))
+        lines.append(("teacher", _LEVEL_COLORS[0], _tiles(pairs.teacher)))
     count, tile_height, tile_width, _ = lines[0][2].shape
     columns = _columns(pairs, tile_width)
     labels = _labels(pairs, columns)
@@ -46,14 +46,14 @@ def pairs_picture(pairs: Pairs) -> bytes:
     _text(figure, _LEFT, 26, "Same latents, before and after", size=13, weight="bold")
     for row in range(rows):
         middle = top + row * pitch + tile_height / 2
-        for line, (name, colour, _) in enumerate(lines):
-            _row_name(figure, middle + line * (tile_height + _SEAM), name, colour=colour)
+        for line, (name, color, _) in enumerate(lines):
+            _row_name(figure, middle + line * (tile_height + _SEAM), name, color=color)
     for index in range(count):
         row, column = divmod(index, columns)
         x, y = _LEFT + column * (tile_width + _SEAM), top + row * pitch
         for line, (_, _, tiles) in enumerate(lines):
             _paste(figure, tiles[index], x, y + line * (tile_height + _SEAM))
-        _text(figure, x + tile_width / 2, y - 12, labels[index], colour=_QUIET, align="center")
+        _text(figure, x + tile_width / 2, y - 12, labels[index], color=_QUIET, align="center")
     return _png(figure)
 
 
@@ -92,8 +92,8 @@ def curve_picture(
     label_y = 0.0
     for place, (name, value) in enumerate(sorted(known.items(), key=lambda item: item[1])):
         label_y = max(value, label_y)
-        colour = _LEVEL_COLOURS[place % len(_LEVEL_COLOURS)]
-        _level(axes, value, name=name, colour=colour, label_y=label_y)
+        color = _LEVEL_COLORS[place % len(_LEVEL_COLORS)]
+        _level(axes, value, name=name, color=color, label_y=label_y)
         label_y += 0.1 * top  # the next label must not touch this one
     axes.set_xlabel("images seen (thousands)", color=_QUIET)
     axes.set_ylabel(metric, color=_QUIET)
@@ -145,16 +145,16 @@ def _text(
     *,
     size: float = 11,
     weight: str = "normal",
-    colour: str = _INK,
+    color: str = _INK,
     align: str = "left",
 ) -> None:
     width, height = figure.get_size_inches() * 100
-    style = {"fontsize": size, "weight": weight, "color": colour, "ha": align, "va": "center"}
+    style = {"fontsize": size, "weight": weight, "color": color, "ha": align, "va": "center"}
     figure.text(x / width, 1 - y / height, text, **style)
 
 
-def _row_name(figure: Figure, y: float, name: str, *, colour: str) -> None:
-    _text(figure, _LEFT - 12, y, name, colour=colour, align="right", weight="bold")
+def _row_name(figure: Figure, y: float, name: str, *, color: str) -> None:
+    _text(figure, _LEFT - 12, y, name, color=color, align="right", weight="bold")
 
 
 def _value(axes: Axes, x: float, y: float) -> None:
@@ -162,11 +162,11 @@ def _value(axes: Axes, x: float, y: float) -> None:
     axes.annotate(_number(y), (x, y), xytext=(0, 8), textcoords="offset points", **style)
 
 
-def _level(axes: Axes, value: float, *, name: str, colour: str, label_y: float) -> None:
-    axes.axhline(value, color=colour, linestyle="--", linewidth=1.2, zorder=2)
+def _level(axes: Axes, value: float, *, name: str, color: str, label_y: float) -> None:
+    axes.axhline(value, color=color, linestyle="--", linewidth=1.2, zorder=2)
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     label = f"{name}\n{_number(value)}"
-    axes.annotate(label, (1, label_y), xytext=(6, 0), va="center", color=colour, **place)
+    axes.annotate(label, (1, label_y), xytext=(6, 0), va="center", color=color, **place)
 
 
 def _number(value: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from core.disk import atomic_write
 from eval.display import metric_title
 from eval.metrics.registry import metrics
-from eval.samples import Neighbours, Pairs
+from eval.samples import Neighbors, Pairs
 from reports import _comparison, _page
 from reports._warnings import warnings
 from reports.compare import Comparison
@@ -21,7 +21,7 @@ def write(
     folder: str | Path,
     report: Report,
     pairs: Pairs | None = None,
-    neighbours: Neighbours | None = None,
+    neighbours: Neighbors | None = None,
 ) -> Path:
     """Write report.json, report.md, report.html and the pictures; return the path of report.html.
 

@@ -179,7 +179,7 @@ def restore_newest(state: TrainState, folder: RunFolder, world: World) -> Path |
     Those that are damaged are named in the log and set aside (NAME.pt.damaged). All ranks call it;
     the main one chooses. Raises UserError where none is whole, or where the newest does not fit.
     """
-    path = distributed.from_main(_newest_whole(folder) if world.is_main else None, world)
+    path = distributed.broadcast_from_main(_newest_whole(folder) if world.is_main else None, world)
     if path is not None:
         restore(state, path)
     return path

@@ -188,7 +188,7 @@ def roll_back(
     """
     if monitor.is_spent:
         return None
-    path = distributed.from_main(
+    path = distributed.broadcast_from_main(
         checkpoint.best_intact(folder, keep) if world.is_main else None, world
     )
     if path is None:

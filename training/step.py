@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from core import distributed
 from core.distributed import World
-from core.precision import computing_in
+from core.precision import compute_precision
 from core.randomness import Draws
 from core.roles import LossOutput, Networks, Objective, Phase, TrainedNetwork
 from training import fsdp
@@ -38,7 +38,7 @@ def training_iteration(
     trained: the state's networks from `wrap_for_ranks`.
     """
     networks = (trained.student, trained.score, trained.teacher)
-    with computing_in(config.precision, networks):
+    with compute_precision(config.precision, networks):
         for phase in objective.phases:
             for repeat in range(phase.repeats_at(state.images_seen)):
                 yield optimizer_step(phase, repeat, state, config, trained=trained, world=world)
@@ -65,7 +65,7 @@ def optimizer_step(
     for name in learning:
         _zero_gradients(state.optimizers[name], keep_memory=replays(config.compile))
     draws = Draws(config.seed, state.images_seen, 0, config.batch_size, world.device)
-    micro_batches = list(_micro_batches(draws.scoped(f"{phase.name}/{repeat}"), config, world))
+    micro_batches = list(_micro_batches(draws.with_scope(f"{phase.name}/{repeat}"), config, world))
     scale = _loss_scale(phase, state, config)
     factor = scale.loss_factor(batch_size=config.batch_size, ranks=world.size)
 
@@ -120,7 +120,7 @@ def _zero_gradients(optimizer: torch.optim.Optimizer, *, keep_memory: bool) -> N
 
 def _micro_batches(draws: Draws, config: Config, world: World) -> Iterator[Draws]:
     """Yield this rank's share of the global batch in parts of at most micro_batch_size."""
-    share = distributed.shard(config.batch_size, world)
+    share = distributed.local_range(config.batch_size, world)
     size = config.micro_batch_size or len(share)
     for start in range(share.start, share.stop, size):
         yield draws.part(start, min(start + size, share.stop))

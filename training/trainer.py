@@ -116,7 +116,7 @@ class Trainer:
         self.state.lr_scale = self.monitor.lr_scale
         try:
             self._make_up_evaluation()
-            no_checkpoint = distributed.from_main(
+            no_checkpoint = distributed.broadcast_from_main(
                 checkpoint.newest(self.folder) is None, self.world
             )
             if no_checkpoint and not self.monitor.is_spent:
@@ -235,7 +235,7 @@ class Trainer:
         if self.evaluate is None:
             return {}
         now = self.state.images_seen
-        scores = distributed.from_main(dict(self.evaluate(self.state)), self.world)
+        scores = distributed.broadcast_from_main(dict(self.evaluate(self.state)), self.world)
         self.progress.add_evaluation(now, scores)
         self.monitor.add_evaluation(now, scores)
         return scores
@@ -247,7 +247,7 @@ class Trainer:
 
     def _new_monitor(self) -> DivergenceMonitor:
         """Return a monitor of the log so far, the same on all ranks."""
-        rows = distributed.from_main(
+        rows = distributed.broadcast_from_main(
             self.folder.log.rows() if self.world.is_main else [], self.world
         )
         keep = self.config.keep

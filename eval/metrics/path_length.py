@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.distributed import World, gather_rows, shard
+from core.distributed import World, all_gather_rows, local_range
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
 from eval import _published, features
@@ -122,14 +122,14 @@ def perceptual_path_length(
     if student.training:
         raise ValueError("the student must be in eval mode, so that its images are a function")
     check(student, walk)
-    share = shard(images, world)
+    share = local_range(images, world)
     found = [torch.zeros(0, dtype=torch.float64, device=world.device)]
     for start in range(share.start, share.stop, batch_size):
         seeds = range(first_seed + start, first_seed + min(start + batch_size, share.stop))
         before, after = _steps(student, walk, seeds, epsilon=epsilon, device=world.device)
         moved = distance.function(_looked_at(before, walk), _looked_at(after, walk))
         found.append(moved.to(torch.float64) / epsilon**2)
-    lengths = gather_rows(torch.cat(found), world).cpu()
+    lengths = all_gather_rows(torch.cat(found), world).cpu()
     if not lengths.isfinite().all():
         index = int((~lengths.isfinite()).nonzero()[0])
         raise UserError(f"the images of seed {first_seed + index} have no finite distance")

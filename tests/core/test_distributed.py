@@ -24,12 +24,12 @@ def test_a_single_process_has_no_process_group(monkeypatch: pytest.MonkeyPatch) 
     """At world size 1 nothing is initialised and everything is the identity."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     network, rows = nn.Linear(2, 3), torch.randn(4, 2)
-    with distributed.session("cpu") as world:
+    with distributed.process_group("cpu") as world:
         assert world == ALONE and world.is_main
         assert not dist.is_initialized()
         assert distributed.wrap(network, world) is distributed.unwrap(network) is network
         assert torch.equal(distributed.mean(rows, world), rows)
-        assert torch.equal(distributed.gather_rows(rows, world), rows)
+        assert torch.equal(distributed.all_gather_rows(rows, world), rows)
         with distributed.main_first(world):
             distributed.barrier(world)
 
@@ -37,7 +37,7 @@ def test_a_single_process_has_no_process_group(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("total", "size"), [(10, 1), (10, 3), (2, 4), (0, 2), (50_000, 7)])
 def test_shards_are_contiguous_even_and_cover_everything(total: int, size: int) -> None:
     """In rank order they are range(total), and no two differ by more than one."""
-    shards = [distributed.shard(total, World(rank, size, rank, CPU)) for rank in range(size)]
+    shards = [distributed.local_range(total, World(rank, size, rank, CPU)) for rank in range(size)]
     assert [index for share in shards for index in share] == list(range(total))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
@@ -45,14 +45,17 @@ def test_shards_are_contiguous_even_and_cover_everything(total: int, size: int) 
 @pytest.mark.parametrize("device", ["tpu", "gpu", "mps", "cuda:99", ""])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     """The user hears what was asked for and what may be."""
-    with pytest.raises(UserError, match=f"device '{device}'"), distributed.session(device):
+    with pytest.raises(UserError, match=f"device '{device}'"), distributed.process_group(device):
         pass
 
 
 def test_one_gpu_is_not_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is to take its own; NCCL would only say that a GPU is there twice."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="let each take its own"), distributed.session("cuda:0"):
+    with (
+        pytest.raises(UserError, match="let each take its own"),
+        distributed.process_group("cuda:0"),
+    ):
         pass
 
 
@@ -61,16 +64,16 @@ def test_a_world_whose_processes_cannot_meet_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="cannot find each other"), distributed.session("cpu"):
+    with pytest.raises(UserError, match="cannot find each other"), distributed.process_group("cpu"):
         pass
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
     """And asking for cuda by name is refused there."""
-    with distributed.session("auto") as world:
+    with distributed.process_group("auto") as world:
         assert world.device == CPU
-    with pytest.raises(UserError, match="0 found"), distributed.session("cuda"):
+    with pytest.raises(UserError, match="0 found"), distributed.process_group("cuda"):
         pass
 
 
@@ -106,11 +109,11 @@ def _rank(rank: int, port: int, folder: Path) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    with distributed.session("cpu") as world:
+    with distributed.process_group("cpu") as world:
         network = _network().eval()
         wrapped = distributed.wrap(network, world)
         assert distributed.unwrap(wrapped) is network
-        share = distributed.shard(len(ROWS), world)
+        share = distributed.local_range(len(ROWS), world)
         with distributed.main_first(world):
             if world.is_main:
                 time.sleep(0.3)
@@ -120,8 +123,8 @@ def _rank(rank: int, port: int, folder: Path) -> None:
             "rank": world.rank,
             "backend": dist.get_backend(),
             "mean": distributed.mean(torch.tensor([rank, 10.0 * rank]), world).tolist(),
-            "equal": distributed.gather_rows(ROWS[share.start : share.stop], world).tolist(),
-            "unequal": distributed.gather_rows(torch.full((3 * rank, 2), rank), world).tolist(),
+            "equal": distributed.all_gather_rows(ROWS[share.start : share.stop], world).tolist(),
+            "unequal": distributed.all_gather_rows(torch.full((3 * rank, 2), rank), world).tolist(),
             "gradients": _gradients(wrapped, ROWS[share.start : share.stop]),
             "found": found,
         }

@@ -134,7 +134,12 @@ def test_another_purpose_gives_unrelated_numbers() -> None:
 
 def test_another_scope_gives_unrelated_numbers() -> None:
     """The same purpose in two phases, or two repeats of one, shares nothing."""
-    scopes = (DRAWS, DRAWS.scoped("score/0"), DRAWS.scoped("score/1"), DRAWS.scoped("student/0"))
+    scopes = (
+        DRAWS,
+        DRAWS.with_scope("score/0"),
+        DRAWS.with_scope("score/1"),
+        DRAWS.with_scope("student/0"),
+    )
     rows = [draws.normal("sigma", (1000,)).flatten() for draws in scopes]
     correlation = torch.corrcoef(torch.stack(rows)) - torch.eye(4)
     assert correlation.abs().max() < 4.5 / 64_000**0.5

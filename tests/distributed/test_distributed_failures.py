@@ -85,7 +85,7 @@ def _rank(rank: int, port: int, folder: Path, acts: Sequence[Act]) -> None:
     with (folder / f"{rank}.txt").open("w") as file:
         os.dup2(file.fileno(), 2)
     try:
-        with distributed.session("cpu") as world:
+        with distributed.process_group("cpu") as world:
             distributed.barrier(world)
             (folder / f"{rank}.begun").touch()
             acts[rank](world)

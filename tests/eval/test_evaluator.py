@@ -107,7 +107,9 @@ def test_each_rank_measures_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     images_of = _images_of(Linear())
     alone = _evaluator("kid").features(images_of, range(17))
     shares: list[Tensor] = []
-    monkeypatch.setattr(evaluator, "gather_rows", lambda rows, world: shares.append(rows) or rows)
+    monkeypatch.setattr(
+        evaluator, "all_gather_rows", lambda rows, world: shares.append(rows) or rows
+    )
     for rank in range(3):
         _evaluator("kid", world=World(rank, 3, rank, CPU)).features(images_of, range(17))
     assert [len(share) for share in shares] == [5, 6, 6]

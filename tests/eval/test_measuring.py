@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch_fidelity import calculate_metrics, metric_kid
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from core.distributed import World, shard
+from core.distributed import World, local_range
 from core.errors import UserError
 from data.images import Images
 from eval import evaluator, features
@@ -134,7 +134,7 @@ def _features(count: int, seed: int) -> Tensor:
 
 def _taken(made: Tensor, *, world: World | None = None) -> Collected:
     """Return what is kept of features, taken in batches of 7; with a world, of a rank's share."""
-    share = range(len(made)) if world is None else shard(len(made), world)
+    share = range(len(made)) if world is None else local_range(len(made), world)
     taken = evaluator.new_collector(
         registry.needs(ALL), SMALL, images=len(made), head=_head, first=share.start
     )
@@ -160,13 +160,13 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(monkeypatch: pytest.Monkey
             given[rank].append(tensor)
             return tensor.repeat(3, *[1] * (tensor.ndim - 1))
 
-        monkeypatch.setattr("eval.feature_stats.gather_rows", gather)
+        monkeypatch.setattr("eval.feature_stats.all_gather_rows", gather)
         merged_over_ranks(parts[rank], worlds[rank])
 
     for rank in range(3):
         recorded(rank)
     rows = iter([torch.cat(tensors) for tensors in zip(*given, strict=True)])
-    monkeypatch.setattr("eval.feature_stats.gather_rows", lambda tensor, world: next(rows))
+    monkeypatch.setattr("eval.feature_stats.all_gather_rows", lambda tensor, world: next(rows))
     merged = merged_over_ranks(parts[1], worlds[1])
     assert merged.images == 61
     assert evaluate(ALL, merged, real, config=SMALL) == pytest.approx(alone, rel=1e-9)

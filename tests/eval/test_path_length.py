@@ -89,12 +89,14 @@ def test_path_length_does_not_depend_on_ranks_or_batches(monkeypatch: pytest.Mon
     student, walk = Linear().eval(), WALKS["ppl2_wend"]
     whole = perceptual_path_length(student, SQUARES, walk, images=33, world=ALONE)
     parts: list[Tensor] = []
-    monkeypatch.setattr(path_length, "gather_rows", lambda rows, world: parts.append(rows) or rows)
+    monkeypatch.setattr(
+        path_length, "all_gather_rows", lambda rows, world: parts.append(rows) or rows
+    )
     for rank in range(2):
         world = World(rank, 2, rank, CPU)
         perceptual_path_length(student, SQUARES, walk, images=33, batch_size=5, world=world)
     assert [len(part) for part in parts] == [16, 17]
-    monkeypatch.setattr(path_length, "gather_rows", lambda rows, world: torch.cat(parts))
+    monkeypatch.setattr(path_length, "all_gather_rows", lambda rows, world: torch.cat(parts))
     again = perceptual_path_length(student, SQUARES, walk, images=33, world=ALONE)
     assert again == pytest.approx(whole, rel=1e-9)
 

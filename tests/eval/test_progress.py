@@ -48,5 +48,5 @@ def test_what_takes_seconds_says_nothing() -> None:
 
 def test_only_the_first_rank_speaks() -> None:
     """The others show nothing."""
-    assert progress.of_rank(World(0, 2, 0, CPU)) is progress.on_stderr
-    assert progress.of_rank(World(1, 2, 1, CPU)) is progress.silent
+    assert progress.for_rank(World(0, 2, 0, CPU)) is progress.on_stderr
+    assert progress.for_rank(World(1, 2, 1, CPU)) is progress.silent

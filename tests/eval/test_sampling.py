@@ -12,7 +12,15 @@ from pydantic import ValidationError
 from core.errors import UserError
 from core.roles import Denoiser
 from edm_goldens import assert_close, load, read_arrays, read_golden
-from eval.edm_sampler import Config, Settings, heun, published, sample, settings_for, sigma_steps
+from eval.edm_sampler import (
+    Config,
+    Settings,
+    heun,
+    published_settings,
+    sample,
+    settings_for,
+    sigma_steps,
+)
 from teachers import edm, edm2, gaussian
 from tiny_networks import songunet_config
 
@@ -316,7 +324,7 @@ _IMAGENET = Settings(256, 0.002, 80.0, 7.0, 40.0, 0.05, 50.0, 1.003)
 )
 def test_a_teacher_is_sampled_as_its_authors_did(denoiser: Denoiser, expected: Settings) -> None:
     """Steps and churn follow from size, classes and network; what a recipe gives goes on top."""
-    assert published(denoiser) == expected
+    assert published_settings(denoiser) == expected
     assert settings_for(denoiser, Config()) == expected
     assert settings_for(denoiser, Config(steps=7)) == expected._replace(steps=7)
     assert settings_for(denoiser, Config(churn=0)) == expected._replace(churn=0)

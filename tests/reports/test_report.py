@@ -17,7 +17,7 @@ from PIL import Image
 from core.errors import UserError
 from eval.metrics.registry import MetricResult
 from eval.nearest import Drift
-from eval.samples import Neighbours, Pairs
+from eval.samples import Neighbors, Pairs
 from reports import data as reports
 from reports import text, write
 from reports.data import (
@@ -269,7 +269,7 @@ def test_the_page_says_what_the_report_says(tmp_path: Path) -> None:
 def test_the_page_shows_what_comes_nearest_to_real_images(tmp_path: Path) -> None:
     """Each generated image beside its real one, with its seed."""
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    text = write.write(tmp_path, REPORT, None, Neighbours((7, 3), images, images + 9)).read_text()
+    text = write.write(tmp_path, REPORT, None, Neighbors((7, 3), images, images + 9)).read_text()
     assert [image["alt"] for image in _Tags(text).of("img")] == ["generated", "real"] * 2
     assert "<figcaption>seed 7</figcaption>" in text
 

@@ -39,5 +39,5 @@ def _as_rank(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    with distributed.session("cpu") as world:
+    with distributed.process_group("cpu") as world:
         body(world, *arguments)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import edm_goldens
 import generators
 from core.distributed import World
-from core.precision import DTYPES, Precision, computing_in
+from core.precision import DTYPES, Precision, compute_precision
 from core.roles import Networks
 from core.run_folder import RunFolder
 from custom_ops import backend
@@ -75,7 +75,7 @@ def test_denoisers_are_close_to_float32(kind: str, precision: Precision) -> None
     """Images and gradients, which are float32 and not the same."""
     network = denoiser(kind)
     exact, exact_gradient = _image_and_gradient(network)
-    with computing_in(precision, [network]):
+    with compute_precision(precision, [network]):
         found, gradient = _image_and_gradient(network)
     assert found.dtype == gradient.dtype == torch.float32
     of_image, of_gradient = _DENOISER_LIMITS[precision]
@@ -126,7 +126,7 @@ def test_generators_are_close_to_float32(kind: str, precision: Precision) -> Non
     """Images and gradients, which are float32 and not the same; afterwards all is as it was."""
     network = student(kind)
     exact, exact_gradient = _made(network)
-    with computing_in(precision, [network]):
+    with compute_precision(precision, [network]):
         found, gradient = _made(network)
     assert found.dtype == gradient.dtype == torch.float32
     of_image, of_gradient = _LIMITS[precision]
@@ -142,7 +142,7 @@ def test_the_embedded_student_is_close_to_float32(
     """Images agree to 1 % and 0.15 % of their norm, gradients to 4 % and 0.3 %."""
     network = generators.load(EMBEDDED).eval()
     exact, exact_gradient = _made(network)
-    with computing_in(precision, [network]):
+    with compute_precision(precision, [network]):
         found, gradient = _made(network)
     assert 0 < _distance(found, exact) < of_image
     assert 0 < _distance(gradient, exact_gradient) < of_gradient
@@ -152,7 +152,7 @@ def test_the_embedded_student_is_close_to_float32(
 def test_published_generators_agree_in_bfloat16(name: str) -> None:
     """Each golden: images agree to 2 % of their norm and are float32."""
     network, golden, latents, labels = load_student(name)
-    with torch.no_grad(), computing_in("bfloat16", [network.eval()]):
+    with torch.no_grad(), compute_precision("bfloat16", [network.eval()]):
         found = network(latents, labels)
     assert found.dtype == torch.float32
     assert 0 < _distance(found, torch.as_tensor(golden["out/image"])) < 0.02
@@ -165,7 +165,7 @@ def test_only_features_from_16x16_on_are_lowered(kind: str, precision: Precision
     network, met = student(kind), {}
     for name, module in network.named_modules():
         module.register_forward_hook(lambda *hooked, name=name: met.update({name: hooked[2]}))
-    with torch.no_grad(), computing_in(precision, [network]):
+    with torch.no_grad(), compute_precision(precision, [network]):
         network(torch.zeros(1, 16))
     types = {name: out.dtype for name, out in met.items() if isinstance(out, Tensor)}
     low = {name for name, dtype in types.items() if dtype != torch.float32}
@@ -182,7 +182,7 @@ def test_large_weights_and_styles_do_not_overflow_float16(kind: str) -> None:
         for layer in modulated(network):
             for parameter in (layer.weight, *layer.affine.parameters()):
                 parameter *= 1e5
-    with computing_in("float16", [network]):
+    with compute_precision("float16", [network]):
         found, _ = _made(network)
     assert _distance(found, exact) < 0.004
 
@@ -202,7 +202,7 @@ def test_what_is_zero_stays_zero(dead: str, kind: str, precision: Precision) -> 
                 parameter.zero_()
             layer.bias.fill_(0.5)
     exact, _ = _made(network)
-    with computing_in(precision, [network]):
+    with compute_precision(precision, [network]):
         found, gradient = _made(network)
     assert _distance(found, exact) < _LIMITS[precision][0]
     assert precision == "float16" or gradient.isfinite().all()
@@ -218,7 +218,7 @@ def test_float16_features_end_at_256(kind: str, clamp: float | None) -> None:
         layer.bias.fill_(1000)
     layer.register_forward_hook(lambda *hooked: largest.append(hooked[2].max().item()))
     for precision in ("float32", "bfloat16", "float16"):
-        with torch.no_grad(), computing_in(precision, [network]):
+        with torch.no_grad(), compute_precision(precision, [network]):
             network(torch.zeros(1, 16))
     if clamp is None:
         assert min(largest[:2]) > 500 and 150 < largest[2] < 280
@@ -269,7 +269,7 @@ def test_published_networks_agree_in_bfloat16(name: str) -> None:
     """Each golden, so each preconditioning: images agree to 2 % of their norm and are float32."""
     golden = edm_goldens.read_golden(name)
     network = edm_goldens.load(golden)
-    with torch.no_grad(), computing_in("bfloat16", [network]):
+    with torch.no_grad(), compute_precision("bfloat16", [network]):
         found = edm_goldens.denoise(network, golden.inputs)
     assert found.dtype == torch.float32
     assert 0 < _distance(found, golden.denoised) < 0.02
@@ -280,7 +280,7 @@ def test_a_precision_reaches_wrapped_and_shared_networks() -> None:
     teacher = denoiser("ddpmpp")
     student = one_step_edm.OneStepEDM(teacher, config=one_step_edm.Config())
     exact = student(inputs()[0], inputs()[2])
-    with computing_in("bfloat16", [nn.Sequential(student), teacher]):
+    with compute_precision("bfloat16", [nn.Sequential(student), teacher]):
         assert 0 < _distance(student(inputs()[0], inputs()[2]), exact) < 0.03
         assert student.state_dict().keys() == {f"denoiser.{key}" for key in teacher.state_dict()}
     assert torch.equal(student(inputs()[0], inputs()[2]), exact)
@@ -291,7 +291,7 @@ def test_the_precision_ends_with_its_block(kind: str) -> None:
     """After the block, also one that failed, the output is float32's bit for bit."""
     network = denoiser(kind)
     before = network(*inputs())
-    with pytest.raises(RuntimeError), computing_in("bfloat16", [network]):
+    with pytest.raises(RuntimeError), compute_precision("bfloat16", [network]):
         raise RuntimeError
     assert torch.equal(network(*inputs()), before)
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
@@ -304,9 +304,9 @@ def _rounds() -> tuple[bool, bool]:
 def test_tensor_cores_round_where_it_is_asked_for_and_only_there() -> None:
     """tf32 lets products be rounded, float32 forbids it, whatever held before holds after."""
     before = _rounds()
-    with pytest.raises(RuntimeError), computing_in("tf32", []):
+    with pytest.raises(RuntimeError), compute_precision("tf32", []):
         assert _rounds() == (True, True)
-        with computing_in("float32", []):
+        with compute_precision("float32", []):
             assert _rounds() == (False, False)
         assert _rounds() == (True, True)
         raise RuntimeError
