@@ -18,11 +18,10 @@ import teachers
 from core import config, distributed, plugins
 from core.cli import report_user_errors, set_up_logging
 from core.distributed import World
-from core.downloads import local_file, sha256_of
 from core.errors import UserError
+from core.file import File
 from core.precision import allow_tf32
 from core.roles import Denoiser
-from core.run_folder import RunFolder
 from eval import edm_sampler, evaluator, features, progress, scorecard, standalone, subjects
 from eval import reference as references
 from eval.metrics import registry
@@ -210,8 +209,8 @@ def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
     settings = config.validate(
         edm_sampler.Config, config.with_overrides({}, sampler), source="--sampler"
     )
-    path = _located(source)
-    kind = _kind(path)
+    file = _resolve(source)
+    path, kind = file.path, _kind(file.path)
     if sampler and kind != "teacher":
         raise UserError(f"--sampler is of a teacher, and {source} holds {_HELD[kind]}")
     if kind == "images":
@@ -219,7 +218,7 @@ def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
     load = generators.load if kind == "student" else teachers.load
     network = cast(nn.Module, load(path))
     network.to(world.device, memory_format=torch.channels_last)
-    named = {"source": source, "sha256": sha256_of(path), "device": world.device}
+    named = {"source": source, "sha256": str(file.sha256), "device": world.device}
     if kind == "student":
         return subjects.of_student(network, **named)
     return subjects.of_teacher(
@@ -233,20 +232,13 @@ def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
 _HELD = {"student": "a student", "images": "images"}
 
 
-def _located(source: str) -> Path:
-    """Return the local file or folder of a path, a URL or a short name; of a run, its student."""
-    if teachers.located(source) != source:
-        _log.info("%s: %s", source, teachers.LICENCE)
-    path = local_file(teachers.located(source))
-    run = RunFolder(path)
-    if not run.recipe.is_file():
-        return path
-    if not run.student.is_file():
-        raise UserError(
-            f"{path} has no {run.student.name} yet: finish it with `python refine.py --resume "
-            f"{path}`, or measure where it stands with --report"
-        )
-    return run.student
+def _resolve(source: str) -> File:
+    """Return the file of a path, a URL or a short name; of a run's folder, its student."""
+    teachers.check_name(source)
+    file = teachers.resolve(source)
+    if file.licence is not None:
+        _log.info("%s: %s", source, file.licence)
+    return file
 
 
 def _kind(path: Path) -> Kind:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from core.config import Section
 from core.distributed import World, all_gather_rows, any_rank, local_range
 from core.errors import EvaluationCancelled, UserError
+from core.file import File
 from eval import features, progress, reference
 from eval.feature_stats import Collected, Collector, Need, merged_over_ranks
 from eval.features import Extractor
@@ -335,7 +336,7 @@ def new_collector(
 
 
 def read_reference(
-    source: str, evaluator: Evaluator, *, image_shape: tuple[int, int, int]
+    source: File | str, evaluator: Evaluator, *, image_shape: tuple[int, int, int]
 ) -> Reference:
     """Return the statistics of real images that the evaluator's metrics need.
 
@@ -344,7 +345,7 @@ def read_reference(
     """
     keeps = "features" in registry.needs(evaluator.requests)
     real = reference.reference_statistics(
-        source,
+        source.path if isinstance(source, File) else source,
         evaluator.extractor,
         keep=evaluator.config.definitions if keeps else None,
         world=evaluator.world,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+import teachers
 from core import config, plugins
 from core.config import ConfigError, Section
 from core.errors import UserError
+from core.file import File
 from custom_ops import backend
 from eval import edm_sampler, evaluator
 from eval.metrics.registry import metrics, parse
@@ -45,6 +48,12 @@ class NetworkSection(Section):
     config: dict[str, object] | None = None
     """Without weights: settings of the family, to start from freshly drawn weights."""
 
+    def file(self) -> File | None:
+        """Return the weights file; None for freshly drawn weights."""
+        if self.weights is None:
+            return None
+        return teachers.resolve(self.weights, sha256=self.sha256)
+
     @model_validator(mode="after")
     def _one_source(self) -> NetworkSection:
         if (self.weights is None) == (self.config is None):
@@ -63,6 +72,24 @@ class TeacherSection(NetworkSection):
     """downsample: the student's images, larger than the teacher's or in other colours, are shrunk
     and recoloured for it; null: they must fit.
     """
+
+
+SAMPLE = "sample"
+"""As evaluation.teacher: the teacher is sampled in this run."""
+TEACHER = "teacher"
+"""As evaluation.reference: the teacher's own samples are the reference."""
+
+
+@dataclass(frozen=True)
+class RecipeFiles:
+    """The files that a recipe names; None where it names none."""
+
+    student: File | None
+    teacher: File | None
+    images: File | None
+    """Of an objective that learns from real images."""
+    reference: File | None
+    teacher_samples: File | None
 
 
 class Recipe(Section):
@@ -96,7 +123,7 @@ class Recipe(Section):
                 )
         elif self.teacher is not None:
             raise ValueError("objective denoising learns from images: leave teacher out")
-        elif self.evaluation.reference == "teacher" or self.evaluation.teacher is not None:
+        elif self.evaluation.reference == TEACHER or self.evaluation.teacher is not None:
             raise ValueError("evaluation names a teacher, and objective denoising has none")
         if self.mode == "gan" and self.objective.dropout.student:
             raise ValueError("objective.dropout.student is for one_step_edm: a GAN drops nothing")
@@ -138,6 +165,20 @@ class Recipe(Section):
             and (config.reference is not None or not metrics()[name].compares)
         ]
 
+    @cached_property
+    def files(self) -> RecipeFiles:
+        """The files that the recipe names, each resolved once."""
+        evaluation, images = self.evaluation, getattr(self.objective, "images", None)
+        reference = None if evaluation.reference == TEACHER else evaluation.reference
+        samples = None if evaluation.teacher == SAMPLE else evaluation.teacher
+        return RecipeFiles(
+            student=self.student.file(),
+            teacher=self.teacher and self.teacher.file(),
+            images=_file(images),
+            reference=_file(reference),
+            teacher_samples=_file(samples),
+        )
+
     @property
     def watched_metric(self) -> WatchedMetric:
         """The metric that tells divergence, early stop and the best checkpoint.
@@ -161,6 +202,10 @@ class Recipe(Section):
     def student_folder(self) -> str:
         """Return the folder of the student's family."""
         return student_folder(self.objective.name)
+
+
+def _file(source: str | None) -> File | None:
+    return None if source is None else teachers.resolve(source)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -16,7 +16,7 @@ from core.distributed import World
 from core.roles import Networks
 from core.run_folder import RunFolder
 from core.run_log import Session
-from refinement.components import Parts
+from refinement.components import Components
 from refinement.recipe import Recipe
 from training import checkpoint
 from training import state as training_state
@@ -35,7 +35,7 @@ class Run:
     """One run in its folder: what it was given, and where it stands."""
 
     recipe: Recipe
-    parts: Parts
+    components: Components
     folder: RunFolder
     world: World
     original: nn.Module
@@ -48,10 +48,15 @@ class Run:
     started_at: str = field(default_factory=now)
 
 
-def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> Run:
+def open_run(recipe: Recipe, components: Components, folder: RunFolder, world: World) -> Run:
     """Return the run where its newest checkpoint left it, or at its start."""
-    original = copy.deepcopy(parts.student).eval().requires_grad_(False)
-    trio = Networks(parts.student, copy.deepcopy(parts.teacher), parts.teacher, parts.adapter)
+    original = copy.deepcopy(components.student).eval().requires_grad_(False)
+    trio = Networks(
+        components.student,
+        copy.deepcopy(components.teacher),
+        components.teacher,
+        components.adapter,
+    )
     settings = recipe.training
     state = training_state.start(
         trio,
@@ -64,7 +69,7 @@ def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> R
     newest = checkpoint.restore_newest(state, folder, world)
     if newest is not None:
         _log.info("found %s: %d images seen", newest.name, state.images_seen)
-    return Run(recipe, parts, folder, world, original, state, state.images_seen)
+    return Run(recipe, components, folder, world, original, state, state.images_seen)
 
 
 @contextmanager
