@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from core.errors import UserError
 
@@ -29,6 +30,6 @@ def on_path(checkout: Path) -> Iterator[None]:
         sys.modules.update(hidden)
 
 
-def _taken_out() -> dict[str, object]:
+def _taken_out() -> dict[str, ModuleType]:
     names = [name for name in sys.modules if name.partition(".")[0] == "training"]
     return {name: sys.modules.pop(name) for name in names}

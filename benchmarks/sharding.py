@@ -23,7 +23,7 @@ from benchmarks.step import SHAPES, state_of
 from core import distributed
 from core.distributed import World
 from objectives import diff_instruct
-from training import fsdp
+from training import fsdp, step
 from training.config import Config
 
 SETTINGS = ("", "score", "score,teacher", "score,teacher,student")
@@ -56,7 +56,7 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
         before = _held(world)
         state = state_of(SHAPES[shape], str(world.device), shard=names, world=world)
         config = Config.model_validate({"batch_size": world.size, "shard": names})
-        trained, seconds = rounds.wrap_for_ranks(state.networks, state, world), []
+        trained, seconds = step.wrap_for_ranks(state.networks, state, world), []
         objective = diff_instruct.build(diff_instruct.Config())
         teachers = [state.networks.teacher] if "teacher" in names else []
         with fsdp.sharded(teachers, world):
@@ -64,9 +64,7 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
             for _ in range(rounds):
                 started = time.perf_counter()
                 list(
-                    rounds.training_iteration(
-                        state, objective, config, trained=trained, world=world
-                    )
+                    step.training_iteration(state, objective, config, trained=trained, world=world)
                 )
                 if world.device.type == "cuda":
                     torch.cuda.synchronize()

@@ -68,7 +68,7 @@ def kernels_for(x: Tensor, *others: Tensor | None) -> _build.Library | None:
     """
     if x.dtype not in _COVERED.get(x.device.type, ()) or x.numel() == 0:
         return None
-    if type(x) not in (Tensor, nn.Parameter) or torch.jit.is_tracing():
+    if type(x) not in (Tensor, nn.Parameter) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return None
     if torch.compiler.is_compiling() or any(t is not None and t.requires_grad for t in others):
         return None

@@ -7,11 +7,9 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import click
 import torch
-from torch import nn
 
 import generators
 import teachers
@@ -21,7 +19,6 @@ from core.distributed import World
 from core.errors import UserError
 from core.file import File
 from core.precision import allow_tf32
-from core.roles import Denoiser
 from eval import edm_sampler, evaluator, features, progress, scorecard, standalone, subjects
 from eval import reference as references
 from eval.metrics import registry
@@ -215,17 +212,20 @@ def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
         raise UserError(f"--sampler is of a teacher, and {source} holds {_HELD[kind]}")
     if kind == "images":
         return subjects.of_images(references.image_set(path), source=source)
-    load = generators.load if kind == "student" else teachers.load
-    network = cast(nn.Module, load(path))
-    network.to(world.device, memory_format=torch.channels_last)
-    named = {"source": source, "sha256": str(file.sha256), "device": world.device}
+    sha256, layout = str(file.sha256), torch.channels_last
     if kind == "student":
-        return subjects.of_student(network, **named)
+        student = generators.load(path)
+        student.to(device=world.device, memory_format=layout)
+        return subjects.of_student(student, source=source, sha256=sha256, device=world.device)
+    teacher = teachers.load(path)
+    teacher.to(device=world.device, memory_format=layout)
     return subjects.of_teacher(
-        network,
+        teacher,
         partial(edm_sampler.sample, config=settings),
-        described=edm_sampler.describe(cast(Denoiser, network), settings),
-        **named,
+        described=edm_sampler.describe(teacher, settings),
+        source=source,
+        sha256=sha256,
+        device=world.device,
     )
 
 

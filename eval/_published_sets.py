@@ -32,7 +32,8 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._source = open_source(path, labeling="none")
-        self.image_shape: tuple[int, int, int] = tuple(self[0].shape)
+        channels, height, width = self[0].shape
+        self.image_shape = (channels, height, width)
         """(C, H, W) of every image."""
 
     @cached_property

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from core.roles import Denoiser, Generator
 from eval.reference import ImageSet
 from eval.samples import ImagesOf, Sampler, images_of_seeds
 
@@ -37,21 +38,21 @@ class Subject:
 
 
 def of_student(
-    network: nn.Module, *, source: str, sha256: str, device: torch.device | str
+    network: Generator, *, source: str, sha256: str, device: torch.device | str
 ) -> Subject:
     """Return a student on the device as what is measured."""
     return Subject(
         source,
         sha256,
         "student",
-        tuple(network.image_shape),
+        network.image_shape,
         images_of_seeds(network, device=device),
         student=network,
     )
 
 
 def of_teacher(
-    network: nn.Module,
+    network: Denoiser,
     sampler: Sampler,
     *,
     described: str,
@@ -64,7 +65,7 @@ def of_teacher(
         source,
         sha256,
         "teacher",
-        tuple(network.image_shape),
+        network.image_shape,
         images_of_seeds(network, sampler, device=device),
         sampler=described,
     )

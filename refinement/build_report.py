@@ -8,6 +8,7 @@ from statistics import fmean
 import torch
 
 from core.file import File
+from core.roles import Denoiser
 from core.run_log import (
     Best,
     Divergence,
@@ -129,12 +130,15 @@ def _sampler(run: Run) -> str | None:
     """Return how a denoiser is sampled in this run, if one is: the teacher, or the student."""
     recipe = run.recipe
     if recipe.teacher is None:
+        assert isinstance(run.original, Denoiser), type(run.original)
         return edm_sampler.describe(run.original, recipe.sampler)
     settings = recipe.evaluation
     is_sampled = settings.teacher == SAMPLE or settings.reference == TEACHER
     if recipe.mode == "gan" and not is_sampled:
         return None
-    return edm_sampler.describe(run.components.teacher, recipe.sampler)
+    teacher = run.components.teacher
+    assert isinstance(teacher, Denoiser), type(teacher)
+    return edm_sampler.describe(teacher, recipe.sampler)
 
 
 def _teacher_sees(components: Components) -> str | None:

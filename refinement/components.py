@@ -19,7 +19,7 @@ from core import distributed, plugins
 from core.distributed import World
 from core.errors import UserError
 from core.file import File
-from core.roles import Objective
+from core.roles import Denoiser, Generator, Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
 from eval import edm_sampler, evaluator, reference, samples
@@ -40,9 +40,10 @@ _log = logging.getLogger(__name__)
 class Components:
     """Everything that a recipe names, loaded and checked against each other."""
 
-    student: nn.Module
+    student: Generator | Denoiser
+    """A denoiser if it learns from real images."""
     teacher: nn.Module
-    """A bare module where the student learns from real images."""
+    """A Denoiser; a bare module if the student learns from real images."""
     adapter: nn.Module
     """From the student's images to the teacher's."""
     objective: Objective
@@ -59,7 +60,8 @@ class Components:
     def images_of(self, network: nn.Module) -> samples.ImagesOf:
         """Return a function from seeds to a network's images: a denoiser is sampled."""
         device = next(network.parameters()).device
-        sampler = None if hasattr(network, "latent_shape") else self.sampler
+        assert isinstance(network, Generator | Denoiser), type(network)
+        sampler = self.sampler if isinstance(network, Denoiser) else None
         return samples.images_of_seeds(network, sampler, device=device)
 
 
@@ -77,13 +79,14 @@ def load_components(recipe: Recipe, world: World) -> Components:
         loaded = load_evaluator(recipe, student, world)
 
     # the ranks share the images of a reference
+    layout = torch.channels_last
     teacher_samples = None
     if loaded is not None:
         loaded = add_reference(loaded, recipe, student)
         teacher_samples = read_teacher_samples(loaded, recipe, student)
     return Components(
-        student=student.to(world.device, memory_format=torch.channels_last),
-        teacher=teacher.to(world.device, memory_format=torch.channels_last),
+        student=student.to(device=world.device, memory_format=layout),
+        teacher=teacher.to(device=world.device, memory_format=layout),
         adapter=fitted,
         objective=objective,
         sampler=partial(edm_sampler.sample, config=recipe.sampler),
@@ -93,7 +96,7 @@ def load_components(recipe: Recipe, world: World) -> Components:
     )
 
 
-def load_networks(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+def load_networks(recipe: Recipe) -> tuple[nn.Module, Generator | Denoiser]:
     """Return teacher and student; a one-step student without a network of its own copies it."""
     section, seed, files = recipe.student, recipe.training.seed, recipe.files
     if recipe.teacher is None:
@@ -108,7 +111,7 @@ def load_networks(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
 
 def load_network(
     folder: str, section: NetworkSection, file: File | None, *, seed: int
-) -> nn.Module:
+) -> Generator | Denoiser:
     """Return the network of a weights file, or one with weights drawn from the seed."""
     if file is None:
         torch.manual_seed(seed)
@@ -118,26 +121,27 @@ def load_network(
     if file.licence is not None:
         _log.info("%s: %s", file, file.licence)
     load = {"generators": generators.load, "teachers": teachers.load}[folder]
-    network = cast(nn.Module, load(file.path))
+    network = load(file.path)
     family = networks.family_of(network)
     if section.family not in (None, family):
         raise UserError(f"{file} holds {family} weights, the recipe says {section.family}")
     return network
 
 
-def build_adapter(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> nn.Module:
+def build_adapter(recipe: Recipe, student: Generator | Denoiser, teacher: nn.Module) -> nn.Module:
     """Return the map from the student's images to the teacher's.
 
     Raises UserError where the two differ in resolution, channels or classes, and nothing maps them.
     """
     if recipe.teacher is None:
         return nn.Identity()
+    assert isinstance(teacher, Denoiser), type(teacher)
     if student.num_classes != teacher.num_classes:
         raise UserError(
             f"the student has {student.num_classes} classes, the teacher {teacher.num_classes} "
             "(0 = unconditional): choose a teacher of the same classes"
         )
-    if tuple(student.image_shape) == tuple(teacher.image_shape):
+    if student.image_shape == teacher.image_shape:
         return nn.Identity()
     if recipe.teacher.adapter is None:
         sizes = [size(network.image_shape) for network in (student, teacher)]
@@ -152,10 +156,10 @@ def build_adapter(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> nn.
             "distance between them: set evaluation.reference to real images of the student's size, "
             "or to null, and evaluation.teacher to null"
         )
-    return adapter.downsample(tuple(student.image_shape), tuple(teacher.image_shape))
+    return adapter.downsample(student.image_shape, teacher.image_shape)
 
 
-def build_objective(recipe: Recipe, student: nn.Module) -> Objective:
+def build_objective(recipe: Recipe, student: Generator | Denoiser) -> Objective:
     """Return the objective; one that learns from images has read them, and they fit the student."""
     settings, images = recipe.objective, recipe.files.images
     build = plugins.load("objectives", settings.name).build
@@ -166,15 +170,15 @@ def build_objective(recipe: Recipe, student: nn.Module) -> Objective:
     return objective
 
 
-def load_evaluator(recipe: Recipe, student: nn.Module, world: World) -> Evaluator | None:
+def load_evaluator(recipe: Recipe, student: Generator | Denoiser, world: World) -> Evaluator | None:
     """Return the evaluator without its real images; None: nothing is evaluated."""
     for file in (recipe.files.reference, recipe.files.teacher_samples):
         if file is not None:
             _ = file.path  # a wrong path is said before an extractor is fetched
-    return evaluator.load(recipe.evaluation, image_shape=tuple(student.image_shape), world=world)
+    return evaluator.load(recipe.evaluation, image_shape=student.image_shape, world=world)
 
 
-def add_reference(loaded: Evaluator, recipe: Recipe, student: nn.Module) -> Evaluator:
+def add_reference(loaded: Evaluator, recipe: Recipe, student: Generator | Denoiser) -> Evaluator:
     """Return the evaluator with its real images, unless those are samples yet to be made.
 
     The ranks share the work. Raises UserError where reference or student do not serve the metrics.
@@ -185,18 +189,20 @@ def add_reference(loaded: Evaluator, recipe: Recipe, student: nn.Module) -> Eval
         loaded.check(student=student, real=Planned(config.images, kept))
         return loaded
     if file is not None:
-        shape = tuple(student.image_shape)
+        shape = student.image_shape
         loaded = loaded.with_real(evaluator.read_reference(file, loaded, image_shape=shape))
     loaded.check(student=student)
     return loaded
 
 
-def read_teacher_samples(loaded: Evaluator, recipe: Recipe, student: nn.Module) -> Reference | None:
+def read_teacher_samples(
+    loaded: Evaluator, recipe: Recipe, student: Generator | Denoiser
+) -> Reference | None:
     """Return the statistics of the teacher's samples if the recipe names their file."""
     file = recipe.files.teacher_samples
     if file is None:
         return None
-    return evaluator.read_reference(file, loaded, image_shape=tuple(student.image_shape))
+    return evaluator.read_reference(file, loaded, image_shape=student.image_shape)
 
 
 def with_teacher_samples(
@@ -231,13 +237,14 @@ def with_teacher_samples(
 
 def sample_teacher(components: Components, loaded: Evaluator) -> Reference:
     """Return the statistics of as many samples of the teacher as the recipe evaluates."""
-    images = loaded.config.images
+    images, teacher = loaded.config.images, components.teacher
+    assert isinstance(teacher, Denoiser), type(teacher)
     _log.info("sampling %d images of the teacher", images)
     seeds = range(_TEACHER_SEED, _TEACHER_SEED + images)
-    images_of = components.images_of(components.teacher)
+    images_of = components.images_of(teacher)
     return reference.of_samples(
         loaded.feature_stats(images_of, seeds, also={"moments"}),
         source="the teacher's own samples",
         extractor=loaded.extractor,
-        shape=components.teacher.image_shape,
+        shape=teacher.image_shape,
     )

@@ -13,6 +13,7 @@ from torch import nn
 import generators
 from core import distributed
 from core.errors import UserError
+from core.roles import Generator
 from eval import samples
 from pretrained import files, networks
 from refinement import build_report, evaluation
@@ -59,8 +60,8 @@ def finish(run: Run) -> data.Report:
     _meet_teacher(run)
     evaluation.evaluate(run, "before", run.original)
     student = copy.deepcopy(run.state.student_ema)
-    if hasattr(student, "settle"):
-        student.settle()
+    if isinstance(student, Generator):
+        student.update_w_avg()
     if run.world.is_main:
         provenance = {
             "refined_from": asdict(

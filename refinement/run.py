@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from torch import nn
-
 from core.distributed import World
-from core.roles import Networks
+from core.roles import Denoiser, Generator, Networks
 from core.run_folder import RunFolder
 from core.run_log import Session
 from refinement.components import Components
@@ -38,7 +36,7 @@ class Run:
     components: Components
     folder: RunFolder
     world: World
-    original: nn.Module
+    original: Generator | Denoiser
     """The student before any training."""
     state: TrainState
     images_before: int = 0

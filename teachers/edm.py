@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.roles import Denoiser
 from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 from teachers._unets import DhariwalUNet, SongUNet
@@ -168,7 +169,7 @@ class Coefficients(NamedTuple):
     c_noise: Tensor
 
 
-class EDMDenoiser(nn.Module):
+class EDMDenoiser(Denoiser):
     """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise) (EDM, Eq. 7).
 
     A `core.roles.Denoiser`. Random (dropout, of features and labels) in train mode only. F

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.roles import Denoiser
 from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 from teachers._mp_layers import (
@@ -144,7 +145,7 @@ class Config(BaseModel):
         return self.model_channels * (self.channel_mult_emb or max(self.channel_mult))
 
 
-class EDM2Denoiser(nn.Module):
+class EDM2Denoiser(Denoiser):
     """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise), with EDM's coefficients.
 
     A `core.roles.Denoiser`. Train mode drops features and normalises the stored weights; eval

@@ -30,13 +30,13 @@ def _trace_of_root(first: np.ndarray, second: np.ndarray) -> float:
     With U^T U = S1, S1 S2 has the eigenvalues of the symmetric U S2 U^T, all real and none
     negative. The Cholesky factor U [rank, D] is pivoted, so that S1 may be singular.
     """
-    factor, order, rank, _ = linalg.lapack.dpstrf(first)
+    factor, order, rank, _ = linalg.lapack.dpstrf(first)  # pyright: ignore[reportAttributeAccessIssue]
     if rank == 0:
         return 0.0
     upper = np.triu(factor[:rank])
     reordered = second[np.ix_(order - 1, order - 1)]
     if rank == len(first):
-        product, _ = linalg.lapack.dsygst(
+        product, _ = linalg.lapack.dsygst(  # pyright: ignore[reportAttributeAccessIssue]
             reordered, upper, itype=2
         )  # half the work of two products
     else:
