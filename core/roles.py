@@ -1,4 +1,4 @@
-"""The words of the project as types: what a student, a denoiser, a phase and an objective are.
+"""Roles as types: student, denoiser, phase, objective.
 
 Everything here is a seam between folders. No behaviour lives here, and nothing inherits from it for
 reuse: a class is a `Student` because it has the members, not because it says so.
@@ -103,6 +103,6 @@ class Phase:
 
 
 class Objective(Protocol):
-    """What a student learns from: a tuple of phases, run in this order each round."""
+    """Training objective: a tuple of phases, run in this order each iteration."""
 
     phases: tuple[Phase, ...]
