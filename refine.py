@@ -224,7 +224,7 @@ def _print_report(run: Run, report: Report) -> None:
 
 
 def _recipe_in(run: Path) -> Recipe:
-    """Return the recipe of an earlier run. Raises UserError where there is no such run."""
+    """Return the recipe of an earlier run. Raises UserError if there is no such run."""
     return read_recipe(RunFolder.open_existing(run).recipe)
 
 

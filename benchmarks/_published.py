@@ -16,7 +16,7 @@ def on_path(checkout: Path) -> Iterator[None]:
     """Let the checkout's packages be imported in the body.
 
     One of them is named `training`, as one of ours: ours steps aside meanwhile. Raises UserError
-    where an import fails.
+    if an import fails.
     """
     hidden = _taken_out()
     sys.path.insert(0, str(checkout.resolve()))

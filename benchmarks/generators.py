@@ -60,11 +60,11 @@ CASES = {
 
 
 class Run(NamedTuple):
-    """What one run took."""
+    """Time and memory of one run."""
 
     seconds: float
     mebibytes: float | None
-    """Peak above what was in use before; None where the system does not tell."""
+    """Peak above the memory in use before; None if the system does not tell."""
 
 
 @click.command()
@@ -193,7 +193,7 @@ def _measured(
 
 
 def _run(network: Network, latents: Tensor, *, backward: bool) -> Run:
-    """Return what one pass took; gradients are of the weights, and accumulate."""
+    """Return time and memory of one pass; gradients are of the weights, and accumulate."""
     before = reset_peak(latents.device)
     started = time.perf_counter()
     with torch.set_grad_enabled(backward):

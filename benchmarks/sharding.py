@@ -1,10 +1,10 @@
-"""What `training.shard` saves of each process's memory, and what it costs of its time.
+"""Memory that `training.shard` saves in each process, and time that it costs.
 
     python -m benchmarks.sharding                           CIFAR-10's DDPM++ on the CPU
     python -m benchmarks.sharding --device cuda --ranks 8 --shape imagenet-64
 
 Each setting plays rounds of `--distill` (weights drawn, a batch of one image a process) in new
-processes, one setting after the other. Memory is rank 0's, above what it had with its libraries
+processes, one setting after the other. Memory is rank 0's, above its memory with libraries
 loaded: between rounds (weights, gradients, moments of Adam), and at most while a round is played.
 """
 

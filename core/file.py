@@ -16,13 +16,13 @@ class File:
     """A named file; nothing is read before `path` or `sha256` is asked for."""
 
     shown: str
-    """As the user wrote it: what recipes and reports keep."""
+    """Name as the user wrote it, for recipes and reports."""
     location: str
     """Its path or URL."""
     expected_sha256: str | None = None
     """SHA-256 that it must have; None: not checked."""
     licence: str | None = None
-    """Licence of a published file, where known."""
+    """Licence of a published file, if known."""
 
     def __str__(self) -> str:
         """Return the name as the user wrote it."""
@@ -37,7 +37,7 @@ class File:
     def path(self) -> Path:
         """Path of the local file or folder, downloaded first if need be; of a run, its weights.
 
-        Raises UserError where it is missing, cannot be downloaded, or has another SHA-256.
+        Raises UserError if it is missing, cannot be downloaded, or has another SHA-256.
         """
         path = local_file(self.location, sha256=self.expected_sha256)
         run = RunFolder(path)

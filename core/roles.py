@@ -103,6 +103,6 @@ class Phase:
 
 
 class Objective(Protocol):
-    """What a student learns from: a tuple of phases, run in this order each round."""
+    """Training objective: a tuple of phases, run in this order each iteration."""
 
     phases: tuple[Phase, ...]

@@ -1,4 +1,4 @@
-"""The custom operations on native kernels: what the kernels are handed, and their gradients.
+"""The custom operations on native kernels: their arguments and gradients.
 
 The transpose of a resampling is a resampling with up and down exchanged and the filter reversed, so
 upfirdn2d is its own backward pass, as often as it is differentiated. filtered_lrelu backward is the
@@ -273,7 +273,7 @@ def _filters(*taps: Taps) -> ctypes.Array[_Filter]:
 
 
 def _call(kernels: Library, operation: str, x: Tensor, *arguments: object) -> None:
-    """Run a kernel where x is: on the CPU's threads, or on the current stream of its GPU."""
+    """Run a kernel if x is: on the CPU's threads, or on the current stream of its GPU."""
     function = getattr(kernels, f"{operation}_{_SUFFIXES[x.dtype]}")
     is_cuda = x.device.type == "cuda"
     with torch.cuda.device(x.device) if is_cuda else nullcontext():

@@ -153,7 +153,7 @@ def _measure(
 
     A student's image follows from its seed alone; a teacher is sampled from the seed's noise, with
     its authors' settings unless --sampler gives others. Images are compared as they are, all of
-    them. What cannot be measured is refused before an image is made.
+    them. Everything that cannot be evaluated is refused before an image is made.
 
     Exit code 2: bad input. Progress and remarks go to stderr.
     """
@@ -192,7 +192,7 @@ def _settings(**settings: object) -> evaluator.Config:
 
 
 def _check_options(subject: Subject, seeded: dict[str, int | None]) -> None:
-    """Raise UserError for an option of generated images where images lie in files."""
+    """Raise UserError for an option of generated images if images lie in files."""
     given = [option for option, value in seeded.items() if value is not None]
     if subject.files is not None and given:
         raise UserError(
@@ -202,7 +202,7 @@ def _check_options(subject: Subject, seeded: dict[str, int | None]) -> None:
 
 
 def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
-    """Return what a path, a URL or a short name stands for."""
+    """Return the network or the images behind a path, a URL or a short name."""
     settings = config.validate(
         edm_sampler.Config, config.with_overrides({}, sampler), source="--sampler"
     )
@@ -242,7 +242,7 @@ def _resolve(source: str) -> File:
 
 
 def _kind(path: Path) -> Kind:
-    """Return what a file or folder holds, by its content. Raises UserError for anything else."""
+    """Return the kind of a file or folder, by its content. Raises UserError for anything else."""
     if references.is_image_set(path):
         return "images"
     file = files.read(path)

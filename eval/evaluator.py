@@ -94,7 +94,7 @@ class Evaluator:
     """Between images, for path lengths."""
     world: World
     real: Reference | None = None
-    """Statistics of real images; None where no metric compares, or before they exist."""
+    """Statistics of real images; None if no metric compares, or before they exist."""
     show: Show = silent
     """Shows the progress of an evaluation."""
 
@@ -156,7 +156,7 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return the metrics that `config.images_while_training` images can give, of those images.
 
-        stop_requested: asked before each batch; raises EvaluationCancelled on all ranks where it
+        stop_requested: asked before each batch; raises EvaluationCancelled on all ranks if it
         says so on any.
         """
         images = self.config.images_while_training
@@ -284,9 +284,9 @@ class Evaluator:
 
 
 def load(config: Config, *, image_shape: tuple[int, int, int], world: World) -> Evaluator | None:
-    """Return the evaluator without real images; None where there is nothing to evaluate.
+    """Return the evaluator without real images; None if there is nothing to evaluate.
 
-    Raises UserError where the extractor cannot take images [C, H, W] of that shape.
+    Raises UserError if the extractor cannot take images [C, H, W] of that shape.
     """
     requests = parse(config.metrics)
     if config.reference is None:
@@ -322,7 +322,7 @@ def new_collector(
 ) -> Collector:
     """Return the collector of a set of images, or of a rank's part of it that begins at `first`.
 
-    images: of the whole set. head: the extractor's, where it has classes.
+    images: of the whole set. head: the extractor's, if it has classes.
     """
     return Collector(
         needs,
@@ -340,7 +340,7 @@ def read_reference(
 ) -> Reference:
     """Return the statistics of real images that the evaluator's metrics need.
 
-    All ranks call it and share the work. Raises UserError where the images have another shape than
+    All ranks call it and share the work. Raises UserError if the images have another shape than
     [C, H, W].
     """
     keeps = "features" in registry.needs(evaluator.requests)

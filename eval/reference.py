@@ -67,7 +67,7 @@ class Reference:
     halves_fid: float | None = None
     """Fréchet distance between even and odd images, the floor of the FID; None: unknown."""
     features: Tensor | None = None
-    """[M, D] float32 of some or all images, in their order; None where they were not kept."""
+    """[M, D] float32 of some or all images, in their order; None if they were not kept."""
     classes: None = None
     """Class statistics are not stored."""
 

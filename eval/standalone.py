@@ -74,7 +74,7 @@ def prepare(
     """Return the evaluation of `config.metrics`, its reference and extractor loaded.
 
     leaving_out: metrics that cannot be computed are left out with the reason, if any metric is
-    left; otherwise they are refused. Raises UserError in either case where subject, reference and
+    left; otherwise they are refused. Raises UserError in either case if subject, reference and
     extractor do not fit each other.
     """
     if subject.files is not None:
@@ -112,7 +112,7 @@ def _load(
     *,
     leaving_out: bool,
 ) -> tuple[Evaluator, Mapping[str, str]]:
-    """Return the evaluator, without path lengths where their distance cannot be loaded."""
+    """Return the evaluator, without path lengths if their distance cannot be loaded."""
     try:
         loaded = evaluator.load(config, image_shape=subject.image_shape, world=world)
     except UserError as error:
@@ -155,7 +155,7 @@ def scorecard(evaluation: Evaluation) -> Scorecard:
 def _without(
     config: evaluator.Config, left_out: Mapping[str, str], *, leaving_out: bool
 ) -> evaluator.Config:
-    """Return the config without some metrics. Raises UserError where that is too few."""
+    """Return the config without some metrics. Raises UserError if that is too few."""
     names = tuple(name for name in config.metrics if name not in left_out)
     if not names or (left_out and not leaving_out):
         raise UserError("; ".join(dict.fromkeys(left_out.values())))

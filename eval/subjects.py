@@ -1,4 +1,4 @@
-"""What is measured: a network whose images seeds stand for, or images that lie in files."""
+"""Subjects of an evaluation: a network that makes images from seeds, or images in files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Kind = Literal["student", "teacher", "images"]
 
 @dataclass(frozen=True)
 class Subject:
-    """Images to measure, and where they come from."""
+    """Images to evaluate, and their source."""
 
     source: str
     """As the user named it."""
@@ -30,7 +30,7 @@ class Subject:
     images_of: ImagesOf
     """From seeds, or from indices of files, to images."""
     files: int | None = None
-    """How many images there are; None where seeds make as many as are wanted."""
+    """How many images there are; None if seeds make as many as are wanted."""
     student: nn.Module | None = None
     """The network whose latents can be walked."""
     sampler: str | None = None
@@ -40,7 +40,7 @@ class Subject:
 def of_student(
     network: Generator, *, source: str, sha256: str, device: torch.device | str
 ) -> Subject:
-    """Return a student on the device as what is measured."""
+    """Return a student on the device as a subject."""
     return Subject(
         source,
         sha256,
@@ -60,7 +60,7 @@ def of_teacher(
     sha256: str,
     device: torch.device | str,
 ) -> Subject:
-    """Return a teacher on the device, with its sampler, as what is measured."""
+    """Return a teacher on the device, with its sampler, as a subject."""
     return Subject(
         source,
         sha256,
@@ -72,7 +72,7 @@ def of_teacher(
 
 
 def of_images(images: ImageSet, *, source: str) -> Subject:
-    """Return a set of images as what is measured; its indices take the place of seeds."""
+    """Return a set of images as a subject; its indices take the place of seeds."""
 
     def images_of(indices: Sequence[int]) -> Tensor:
         return torch.stack([images[index] for index in indices])

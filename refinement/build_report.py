@@ -78,7 +78,7 @@ def pair_seeds(run: Run) -> list[int]:
 
 
 def neighbors(run: Run, made: data.Report, images_of: samples.ImagesOf) -> samples.Neighbors | None:
-    """Return pictures of the images after that come nearest to real ones, where those are at hand.
+    """Return pictures of the refined images nearest to real ones, if the images are available.
 
     images_of: of the student after.
     """
@@ -114,7 +114,7 @@ def _teacher_file(recipe: Recipe) -> data.File:
 
 
 def _teacher_score(run: Run) -> data.SampleScore | None:
-    """Return how far the teacher's own samples are from the real images, where that is known."""
+    """Return the metrics of the teacher's own samples, if they were computed."""
     scores, made = teacher_scores(run), run.components.teacher_samples
     return data.SampleScore(scores, made.images) if scores and made is not None else None
 
@@ -142,7 +142,7 @@ def _sampler(run: Run) -> str | None:
 
 
 def _teacher_sees(components: Components) -> str | None:
-    """Return the size of the images that the teacher sees, where it is not the student's."""
+    """Return the size of the images that the teacher sees, if it is not the student's."""
     return (
         size(components.adapter.image_shape) if isinstance(components.adapter, Downsample) else None
     )

@@ -50,7 +50,7 @@ class Components:
     sampler: samples.Sampler
     """Sampler of a denoiser."""
     evaluator: Evaluator | None
-    """None: nothing is evaluated. Without real images where those are the teacher's samples, until
+    """None: nothing is evaluated. Without real images if those are the teacher's samples, until
     `with_teacher_samples` adds them.
     """
     kernel_backend: str
@@ -68,7 +68,7 @@ class Components:
 def load_components(recipe: Recipe, world: World) -> Components:
     """Return the components of a recipe, networks on this rank's device.
 
-    Raises UserError where a file cannot be used, or student, teacher and reference do not fit each
+    Raises UserError if a file cannot be used, or student, teacher and reference do not fit each
     other.
     """
     # rank 0 downloads what is not here yet
@@ -131,7 +131,7 @@ def load_network(
 def build_adapter(recipe: Recipe, student: Generator | Denoiser, teacher: nn.Module) -> nn.Module:
     """Return the map from the student's images to the teacher's.
 
-    Raises UserError where the two differ in resolution, channels or classes, and nothing maps them.
+    Raises UserError if the two differ in resolution, channels or classes, and nothing maps them.
     """
     if recipe.teacher is None:
         return nn.Identity()
@@ -181,7 +181,7 @@ def load_evaluator(recipe: Recipe, student: Generator | Denoiser, world: World) 
 def add_reference(loaded: Evaluator, recipe: Recipe, student: Generator | Denoiser) -> Evaluator:
     """Return the evaluator with its real images, unless those are samples yet to be made.
 
-    The ranks share the work. Raises UserError where reference or student do not serve the metrics.
+    The ranks share the work. Raises UserError if reference or student do not serve the metrics.
     """
     config, file = recipe.evaluation, recipe.files.reference
     if config.reference == TEACHER:

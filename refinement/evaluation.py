@@ -104,7 +104,7 @@ def while_training(
 def compare(run: Run, student: nn.Module) -> None:
     """Compare images one by one, before with after and after with real ones, and log the results.
 
-    Skipped where the log holds them. A denoiser that began as noise is not compared with itself.
+    Skipped if the log holds them. A denoiser that began as noise is not compared with itself.
     """
     evaluator, images_seen = run.components.evaluator, run.state.images_seen
     real = evaluator.real.features if evaluator and evaluator.real else None

@@ -82,7 +82,7 @@ def finish(run: Run) -> data.Report:
 
 
 def _pairs(run: Run, student: nn.Module) -> samples.Pairs:
-    """Return images of the same latents before and after, the teacher's too where it has them."""
+    """Return images of the same latents before and after; the teacher's if it shares them."""
     seeds, components = build_report.pair_seeds(run), run.components
     shares_latents = _starts_from_noise(run)
     return samples.pairs(
@@ -95,7 +95,7 @@ def _pairs(run: Run, student: nn.Module) -> samples.Pairs:
 
 
 def _save_refined_pickle(run: Run, student: nn.Module) -> None:
-    """Where the student came in a published pickle, write that again with the refined weights."""
+    """Write a published pickle of the student again, with the refined weights."""
     file = run.recipe.files.student
     if file is None or not files.is_pickle(file.path):
         return
@@ -110,7 +110,7 @@ def _save_refined_pickle(run: Run, student: nn.Module) -> None:
 
 
 def _meet_teacher(run: Run) -> None:
-    """Take in the statistics of the teacher's own samples, where the recipe asks for them."""
+    """Add the statistics of the teacher's own samples to the components, if the recipe asks."""
     run.components = with_teacher_samples(run.components, run.recipe, run.folder, run.world)
 
 

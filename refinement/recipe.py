@@ -23,7 +23,7 @@ from training import trainer
 from training.divergence import WatchedMetric
 
 Mode = Literal["gan", "distill", "teach"]
-"""What a recipe is for: to refine a GAN, to distil a teacher, or to train one."""
+"""Purpose of a recipe: refine a GAN, distil a teacher, or train one."""
 
 
 def _objective_type() -> object:
@@ -35,12 +35,13 @@ def _objective_type() -> object:
 
 
 class NetworkSection(Section):
-    """Where a pretrained network comes from: a weights file, or a family and its settings."""
+    """Source of a network: a weights file, or a family and its settings."""
 
     family: str | None = None
     """Plug-in of generators/ or teachers/; null: as the weights file says."""
     weights: str | None = None
-    """Path (absolute, or relative to where you are) or URL of an NVIDIA pickle or our safetensors;
+    """Path (absolute, or relative to the current folder) or URL of an NVIDIA pickle or our
+    safetensors, or a run's folder;
     a published teacher's short name, such as edm-cifar10-32x32-uncond-vp.
     """
     sha256: str | None = None
@@ -66,7 +67,7 @@ class NetworkSection(Section):
 
 
 class TeacherSection(NetworkSection):
-    """Where the teacher comes from, and how it sees the student's images."""
+    """Source of the teacher, and the map from the student's images to its own."""
 
     adapter: Literal["downsample"] | None = None
     """downsample: the student's images, larger than the teacher's or in other colours, are shrunk
@@ -82,7 +83,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class RecipeFiles:
-    """The files that a recipe names; None where it names none."""
+    """The files that a recipe names; None if it names none."""
 
     student: File | None
     teacher: File | None
@@ -93,24 +94,24 @@ class RecipeFiles:
 
 
 class Recipe(Section):
-    """A run: who learns (student) from whom (teacher), by what (objective), how, measured how."""
+    """A run: student, teacher, objective, training and evaluation."""
 
     name: str = "run"
     """Name of the run's folder."""
     student: NetworkSection
-    """Who learns: a one-step generator; or a diffusion model, where the objective is denoising."""
+    """The network that learns: a one-step generator, or a diffusion model for denoising."""
     teacher: TeacherSection | None = None
-    """The diffusion model it learns from; null where it learns from real images (denoising)."""
+    """The diffusion model that it learns from; null for denoising, from real images."""
     objective: _objective_type()  # pyright: ignore[reportInvalidTypeForm]
-    """What is minimised."""
+    """The training objective."""
     training: trainer.Config = trainer.Config()
     """The loop."""
     evaluation: evaluator.Config = evaluator.Config()
-    """What is measured before, while and after."""
+    """Evaluations before, while and after training."""
     sampler: edm_sampler.Config = edm_sampler.Config()
-    """How a diffusion model is sampled for its own score."""
+    """Sampler of a diffusion model that is evaluated itself."""
     device: str = "auto"
-    """auto (CUDA where there is some), cpu, cuda or cuda:N."""
+    """auto (CUDA if there is any), cpu, cuda or cuda:N."""
     kernels: backend.KernelPolicy = "auto"
     """Custom operations: auto, native or reference."""
 
@@ -193,7 +194,7 @@ class Recipe(Section):
 
     @property
     def mode(self) -> Mode:
-        """Return what the recipe is for."""
+        """Return the purpose of the recipe."""
         if self.objective.name == "denoising":
             return "teach"
         return "distill" if self.student.family == "one_step_edm" else "gan"
@@ -242,12 +243,12 @@ def family_config(folder: str, section: NetworkSection) -> BaseModel:
 
 
 def student_folder(objective: object) -> str:
-    """Return the folder that holds the families of what an objective trains."""
+    """Return the folder of the families that an objective trains."""
     return "teachers" if objective == "denoising" else "generators"
 
 
 def _family_errors(role: str, section: object, folder: str) -> list[str]:
-    """Return what is wrong with a section's family and the settings of it, a line each."""
+    """Return the errors of a section's family and its settings, a line each."""
     try:
         section = TeacherSection.model_validate(section)
     except ValidationError:

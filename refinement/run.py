@@ -1,4 +1,4 @@
-"""A run as this process has it open: recipe and parts, folder, and where its training stands."""
+"""An open run: recipe, components, folder and training state, in this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def now() -> str:
 
 @dataclass
 class Run:
-    """One run in its folder: what it was given, and where it stands."""
+    """One run in its folder, with its training state."""
 
     recipe: Recipe
     components: Components
@@ -47,7 +47,7 @@ class Run:
 
 
 def open_run(recipe: Recipe, components: Components, folder: RunFolder, world: World) -> Run:
-    """Return the run where its newest checkpoint left it, or at its start."""
+    """Return the run at its newest checkpoint, or at its start."""
     original = copy.deepcopy(components.student).eval().requires_grad_(False)
     trio = Networks(
         components.student,

@@ -11,7 +11,7 @@ from eval.metrics.registry import Config, Generated, Metric, Real
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID, where the features are Inception's.
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID if the features are Inception's.
 
     (Heusel et al., NeurIPS 2017, Eq. 6.)
     """

@@ -4,10 +4,10 @@
                        2020, Appendix D)
     ppl_zfull …        StyleGAN's own four: in Z or W, anywhere or at endpoints, faces cut out
 
-The distance between images is LPIPS, or between features of a small classifier where there is no
+The distance between images is LPIPS, or between features of a small classifier if there is no
 network to download. Two things differ from the published program: classes are drawn evenly, not as
-often as in a training set, and the noise inputs stay at their stored constants, where it draws new
-ones for each batch.
+often as in a training set, and the noise inputs stay at their stored constants, while that program
+draws new ones for each batch.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _LARGEST = 256
 
 
 class Walk(NamedTuple):
-    """Where steps are taken, and what of the images is looked at."""
+    """Place of the steps, and the part of the images that is compared."""
 
     in_w: bool
-    """In W, along straight lines; else in Z, along great circles."""
+    """Steps in W, along straight lines; else in Z, along great circles."""
     anywhere: bool
-    """Between the endpoints; else at the first one."""
+    """Steps between the endpoints; else at the first one."""
     cropped: bool
-    """Of the images only the part where the published data sets have faces."""
+    """Compare only the part of the images that holds the face in published data sets."""
 
 
 WALKS = {
@@ -117,7 +117,7 @@ def perceptual_path_length(
 
     Of `images` pairs, those outside the percentiles 1 and 99 are left out. student: in eval mode,
     on the device of the world; in W it needs a `mapping` and a `synthesis`. Raises UserError where
-    it has none, or where a distance is not finite.
+    it has none, or if a distance is not finite.
     """
     if student.training:
         raise ValueError("the student must be in eval mode, so that its images are a function")
@@ -137,7 +137,7 @@ def perceptual_path_length(
 
 
 def check(student: nn.Module, walk: Walk) -> None:
-    """Raise UserError where the student has no W to walk in."""
+    """Raise UserError if the student has no W to walk in."""
     if walk.in_w and not (hasattr(student, "mapping") and hasattr(student, "synthesis")):
         raise UserError(
             "a path in W needs a student with a mapping network, and this one has none: measure a "
@@ -146,7 +146,7 @@ def check(student: nn.Module, walk: Walk) -> None:
 
 
 def _trimmed_mean(lengths: np.ndarray) -> float:
-    """Return the mean of what lies within the percentiles 1 and 99, both included."""
+    """Return the mean of the values within the percentiles 1 and 99, both included."""
     low = np.percentile(lengths, 1, method="lower")
     high = np.percentile(lengths, 99, method="higher")
     return float(lengths[(low <= lengths) & (lengths <= high)].mean())
@@ -173,7 +173,7 @@ def _steps(
 
 
 class _Draws(NamedTuple):
-    """Where the steps of some seeds are taken."""
+    """Endpoints of the steps of some seeds."""
 
     start: Tensor
     """[N, *latent_shape] float64."""
@@ -217,7 +217,7 @@ def great_circle(start: Tensor, end: Tensor, place: Tensor) -> Tensor:
 
 
 def _looked_at(images: Tensor, walk: Walk) -> Tensor:
-    """Return what of the images is compared: maybe a part, and averaged down to 256 pixels.
+    """Return the compared part of the images, averaged down to at most 256 pixels.
 
     The part is 4/8 by 4/8 of them, beginning 3/8 from the top and 2/8 from the left; the factor is
     that of the whole image, as in the published program.
