@@ -44,7 +44,8 @@ class Stopwatch:
     """Seconds by part; a part timed within another counts for the outer one."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self._is_running = device, Counter[str](), False
+        self.device, self._is_running = device, False
+        self.seconds: Counter[str] = Counter()
 
     def now(self) -> float:
         """Return the time after synchronizing the device."""
@@ -62,7 +63,7 @@ class Stopwatch:
             try:
                 return function(*args, **options)
             finally:
-                self.seconds[part] += self.now() - started
+                self.seconds[part] += self.now() - started  # pyright: ignore[reportArgumentType]
                 self._is_running = False
 
         return timed

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import click
 import torch
@@ -238,7 +238,7 @@ def state_of(
     """Return the start of `--distill`: teacher, score and student of one shape, weights drawn."""
     torch.manual_seed(0)
     teacher = edm.build(edm.Config.model_validate(network))
-    teacher = teacher.to(device, memory_format=torch.channels_last)
+    teacher = teacher.to(device).to(memory_format=torch.channels_last)
     student = one_step_edm.from_teacher(teacher, one_step_edm.Config())
     config = Config()
     return training_state.start(
@@ -264,7 +264,10 @@ def _official(task: Task) -> Callable[[], object]:
         )
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     shape = dict(task.network)
-    classes, resolution = shape.pop("label_dim", 0), shape.pop("img_resolution")
+    classes, resolution = (
+        cast(int, shape.pop("label_dim", 0)),
+        cast(int, shape.pop("img_resolution")),
+    )
     torch.manual_seed(0)
     net = EDMPrecond(resolution, shape.pop("img_channels"), label_dim=classes, **shape)
     net = net.to(task.device).eval().requires_grad_(False)

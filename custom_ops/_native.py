@@ -67,7 +67,7 @@ class _Upfirdn2d(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _Upfirdn2d.apply(gradient, ctx.kernels, ctx.op.transposed()), None, None
 
 
@@ -112,7 +112,7 @@ class _FilteredLrelu(Function):
         return _run_filtered_lrelu(kernels, x, b, slopes, op, ctx.layout, backward=False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         arguments = (ctx.saved_tensors[0], ctx.kernels, ctx.op, ctx.layout)
         gradient_x = _FilteredLreluBackward.apply(gradient, *arguments)
         gradient_b = gradient_x.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None
@@ -193,7 +193,7 @@ class _BiasAct(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         seen, bias = ctx.saved_tensors
         gradient_x = _BiasActBackward.apply(gradient, seen, bias, ctx.kernels, ctx.op, ctx.layout)
         gradient_b = None

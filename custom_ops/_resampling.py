@@ -110,7 +110,7 @@ class Resample(NamedTuple):
         if self.f.is_inference():  # counts no changes
             return _prepared(self.f.to(like.device, dtype), self.flip_filter, self.gain)
         state = (self.f._version, self.f.data_ptr())
-        prepared_from, kept = _kept.get(self.f, (None, {}))
+        prepared_from, kept = _kept.get(self.f) or (None, {})
         if prepared_from != state:  # written to since, by a moving average that copies buffers, say
             _kept[self.f] = state, (kept := {})
         key = (self.flip_filter, self.gain, dtype, like.device)

@@ -39,19 +39,19 @@ _TITLES = {
 class _Commands(click.Group):
     """Commands, among them every name that asks for metrics."""
 
-    def list_commands(self, context: click.Context) -> list[str]:
-        return ["all", *standalone.all_names(), *super().list_commands(context)]
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["all", *standalone.all_names(), *super().list_commands(ctx)]
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name in self.commands:
-            return self.commands[name]
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
         try:
-            registry.parse(_names(name))
+            registry.parse(_names(cmd_name))
         except UserError as error:
             known = ", ".join(self.commands)
             raise click.UsageError(f"{error}; or one of the commands {known}") from error
         command = copy.copy(_measure)
-        command.name, command.short_help = name, _TITLES.get(name, name)
+        command.name, command.short_help = cmd_name, _TITLES.get(cmd_name, cmd_name)
         return command
 
 
@@ -215,10 +215,10 @@ def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
     sha256, layout = str(file.sha256), torch.channels_last
     if kind == "student":
         student = generators.load(path)
-        student.to(device=world.device, memory_format=layout)
+        student.to(world.device).to(memory_format=layout)
         return subjects.of_student(student, source=source, sha256=sha256, device=world.device)
     teacher = teachers.load(path)
-    teacher.to(device=world.device, memory_format=layout)
+    teacher.to(world.device).to(memory_format=layout)
     return subjects.of_teacher(
         teacher,
         partial(edm_sampler.sample, config=settings),

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config import Section
 from core.distributed import World, all_gather_rows, any_rank, local_range
 from core.errors import EvaluationCancelled, UserError
 from core.file import File
+from core.roles import Generator
 from eval import features, progress, reference
 from eval.feature_stats import Collected, Collector, Need, merged_over_ranks
 from eval.features import Extractor
@@ -107,7 +108,7 @@ class Evaluator:
         """Return an evaluator that compares with these real images."""
         return replace(self, real=real)
 
-    def check(self, *, student: nn.Module | None, real: registry.Real | None = None) -> None:
+    def check(self, *, student: Generator | None, real: registry.Real | None = None) -> None:
         """Raise a UserError that names everything in the way of these metrics.
 
         real: statistics that will be compared with, if not the evaluator's own.
@@ -124,7 +125,7 @@ class Evaluator:
         )
 
     def evaluate(
-        self, images_of: ImagesOf, *, student: nn.Module | None = None, first_seed: int = 0
+        self, images_of: ImagesOf, *, student: Generator | None = None, first_seed: int = 0
     ) -> dict[str, MetricResult]:
         """Return each metric on `config.seeds` disjoint sets of `config.images` images.
 
@@ -261,7 +262,7 @@ class Evaluator:
             advance(len(batch) * self.world.size)  # the other ranks are about as far
 
     def _path_length(
-        self, student: nn.Module | None, walk: str, *, first_seed: int, advance: Advance
+        self, student: Generator | None, walk: str, *, first_seed: int, advance: Advance
     ) -> float:
         """Return the path length of config.images steps, as the request named `walk` defines it."""
         assert self.distance is not None and student is not None

@@ -71,6 +71,7 @@ def images_of_seeds(
             if sampler is None:
                 images = network(latents, labels)
             else:
+                assert isinstance(network, Denoiser), "a generator needs no sampler"
                 images = sampler(network, latents, labels, partial(_noise, seeds, like=latents))
         _check_finite(images, seeds)
         return to_uint8(images)

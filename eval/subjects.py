@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.roles import Denoiser, Generator
 from eval.reference import ImageSet
@@ -31,7 +31,7 @@ class Subject:
     """From seeds, or from indices of files, to images."""
     files: int | None = None
     """How many images there are; None if seeds make as many as are wanted."""
-    student: nn.Module | None = None
+    student: Generator | None = None
     """The network whose latents can be walked."""
     sampler: str | None = None
     """How a teacher is sampled, in words."""

@@ -34,7 +34,7 @@ class Config(Section):
 class OneStepEDM(Generator):
     """Latents and labels to images: [N, C, H, W] unit normal, [N] int64 -> [N, C, H, W] float32."""
 
-    def __init__(self, denoiser: nn.Module, *, config: Config) -> None:
+    def __init__(self, denoiser: Denoiser, *, config: Config) -> None:
         super().__init__()
         self.config, self.denoiser = config, denoiser
         self.latent_shape = denoiser.image_shape
@@ -69,10 +69,12 @@ def from_teacher(teacher: nn.Module, config: Config) -> OneStepEDM:
     shape = config.model_copy(
         update={
             "family": networks.family_of(teacher),
-            "network": teacher.config.model_dump(mode="json"),
+            "network": networks.config_of(teacher).model_dump(mode="json"),
         }
     )
-    return OneStepEDM(copy.deepcopy(teacher).requires_grad_(True), config=shape)
+    denoiser = copy.deepcopy(known)
+    denoiser.requires_grad_(True)
+    return OneStepEDM(denoiser, config=shape)
 
 
 def from_record(record: NetworkRecord) -> Config | None:

@@ -155,12 +155,14 @@ class Synthesis(nn.Module):
         self.num_ws = 2 * len(self.resolutions)
 
     def forward(self, ws: Tensor, *, noise_mode: NoiseMode = "const") -> Tensor:
-        x, image = None, None
+        x: Tensor | None = None
+        image: Tensor | None = None
         first = 0
         for resolution in self.resolutions:
             block = getattr(self, f"b{resolution}")
             x, image = block(x, image, ws[:, first:], noise_mode=noise_mode)
             first += block.num_convolutions
+        assert image is not None, "every architecture ends in an image"
         return image
 
 
@@ -210,6 +212,7 @@ class Block(nn.Module):
         if hasattr(self, "torgb"):
             y = self.torgb(x, next(styles))
             image = y if image is None else image + y
+        assert x is not None
         return x, image
 
 

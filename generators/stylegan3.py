@@ -270,6 +270,7 @@ class FourierFeatures(nn.Module):
 class FilteredConvolution(nn.Module):
     """Modulated convolution, then a leaky ReLU between up- and downsampling (Sec. 3.2)."""
 
+    magnitude_ema: Tensor
     up_filter: Tensor
     down_filter: Tensor
 
@@ -315,6 +316,8 @@ class FilteredConvolution(nn.Module):
 
 class ToImage(nn.Module):
     """Features to image channels in float32: a modulated 1x1 convolution without demodulation."""
+
+    magnitude_ema: Tensor
 
     def __init__(self, config: Config, given: Signal, made: Signal, *, is_critical: bool) -> None:
         super().__init__()

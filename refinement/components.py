@@ -85,8 +85,8 @@ def load_components(recipe: Recipe, world: World) -> Components:
         loaded = add_reference(loaded, recipe, student)
         teacher_samples = read_teacher_samples(loaded, recipe, student)
     return Components(
-        student=student.to(device=world.device, memory_format=layout),
-        teacher=teacher.to(device=world.device, memory_format=layout),
+        student=student.to(world.device).to(memory_format=layout),
+        teacher=teacher.to(world.device).to(memory_format=layout),
         adapter=fitted,
         objective=objective,
         sampler=partial(edm_sampler.sample, config=recipe.sampler),
@@ -184,14 +184,15 @@ def add_reference(loaded: Evaluator, recipe: Recipe, student: Generator | Denois
     The ranks share the work. Raises UserError if reference or student do not serve the metrics.
     """
     config, file = recipe.evaluation, recipe.files.reference
+    walks = student if isinstance(student, Generator) else None
     if config.reference == TEACHER:
         kept = min(config.images, config.definitions.kept_images)
-        loaded.check(student=student, real=Planned(config.images, kept))
+        loaded.check(student=walks, real=Planned(config.images, kept))
         return loaded
     if file is not None:
         shape = student.image_shape
         loaded = loaded.with_real(evaluator.read_reference(file, loaded, image_shape=shape))
-    loaded.check(student=student)
+    loaded.check(student=walks)
     return loaded
 
 

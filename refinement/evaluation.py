@@ -16,6 +16,7 @@ from torch import nn
 
 from core import distributed
 from core.disk import atomic_write
+from core.roles import Denoiser, Generator
 from core.run_folder import RunFolder
 from core.run_log import Evaluation, ImageComparison
 from eval import samples
@@ -31,7 +32,7 @@ COMPARED_IMAGES = 1000
 _log = logging.getLogger(__name__)
 
 
-def evaluate(run: Run, when: Literal["before", "after"], student: nn.Module) -> None:
+def evaluate(run: Run, when: Literal["before", "after"], student: Generator | Denoiser) -> None:
     """Evaluate a student on all seeds and log the metrics, unless the log holds them already."""
     images_seen = 0 if when == "before" else run.state.images_seen
     evaluator = run.components.evaluator
@@ -44,7 +45,8 @@ def evaluate(run: Run, when: Literal["before", "after"], student: nn.Module) -> 
     settings = run.recipe.evaluation
     _log.info("measuring %s: %d x %d images", when, settings.seeds, settings.images)
     with timed(run, when):
-        results = evaluator.evaluate(run.components.images_of(student), student=student)
+        walks = student if isinstance(student, Generator) else None
+        results = evaluator.evaluate(run.components.images_of(student), student=walks)
     if run.world.is_main:
         values = {metric: result.values for metric, result in results.items()}
         run.folder.log.append(Evaluation(images_seen=images_seen, when=when, metrics=values))
@@ -82,11 +84,13 @@ def while_training(
     Raises EvaluationCancelled at a request to stop, except after the last iteration.
     """
     settings = run.recipe.evaluation
-    images_of = run.components.images_of(state.student_ema)
+    student = state.student_ema
+    assert isinstance(student, Generator | Denoiser), type(student)
+    images_of = run.components.images_of(student)
 
     # a grid of samples, by rank 0
     if run.world.is_main:
-        seeds, size = samples.pair_seeds(state.student_ema, 100), settings.batch_size
+        seeds, size = samples.pair_seeds(student, 100), settings.batch_size
         parts = [images_of(seeds[start : start + size]).cpu() for start in range(0, 100, size)]
         images = torch.cat(parts)
         with atomic_write(run.folder.samples / f"{state.images_seen:012d}.png") as partial:

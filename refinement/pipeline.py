@@ -13,7 +13,7 @@ from torch import nn
 import generators
 from core import distributed
 from core.errors import UserError
-from core.roles import Generator
+from core.roles import Denoiser, Generator
 from eval import samples
 from pretrained import files, networks
 from refinement import build_report, evaluation
@@ -60,6 +60,7 @@ def finish(run: Run) -> data.Report:
     _meet_teacher(run)
     evaluation.evaluate(run, "before", run.original)
     student = copy.deepcopy(run.state.student_ema)
+    assert isinstance(student, Generator | Denoiser), type(student)
     if isinstance(student, Generator):
         student.update_w_avg()
     if run.world.is_main:
@@ -81,7 +82,7 @@ def finish(run: Run) -> data.Report:
     return made
 
 
-def _pairs(run: Run, student: nn.Module) -> samples.Pairs:
+def _pairs(run: Run, student: Generator | Denoiser) -> samples.Pairs:
     """Return images of the same latents before and after; the teacher's if it shares them."""
     seeds, components = build_report.pair_seeds(run), run.components
     shares_latents = _starts_from_noise(run)

@@ -117,7 +117,7 @@ def lines(compared: Comparison, metric: str) -> list[Line]:
 
 def summary(compared: Comparison) -> str:
     """Return the values and the warnings for a terminal."""
-    table = [("", *COLUMNS)]
+    table: list[tuple[str, ...]] = [("", *COLUMNS)]
     for metric in compared.metrics:
         table.append((title(metric), *[""] * len(COLUMNS)))
         table += [

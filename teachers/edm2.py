@@ -340,7 +340,8 @@ class Block(nn.Module):
         resample: Resample | None = None,
     ) -> None:
         super().__init__()
-        self.is_encoder, self.resample, self.taps = kind == "enc", resample, config.resample_filter
+        self.is_encoder, self.taps = kind == "enc", config.resample_filter
+        self.resample: Resample | None = resample
         self.dropout, self.clip_act = config.dropout, config.clip_act
         self.res_balance, self.attn_balance = config.res_balance, config.attn_balance
         # As published, a block narrower than one head has no attention.

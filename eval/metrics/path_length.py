@@ -13,7 +13,7 @@ draws new ones for each batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from core.distributed import World, all_gather_rows, local_range
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
+from core.roles import Generator
 from eval import _published, features
 from eval.metrics import _lpips
 from eval.metrics.registry import Metric
@@ -103,7 +104,7 @@ def _load_lpips(device: torch.device) -> Distance:
 
 @torch.no_grad()
 def perceptual_path_length(
-    student: nn.Module,
+    student: Generator,
     distance: Distance,
     walk: Walk,
     *,
@@ -136,7 +137,7 @@ def perceptual_path_length(
     return _trimmed_mean(lengths.numpy())
 
 
-def check(student: nn.Module, walk: Walk) -> None:
+def check(student: Generator, walk: Walk) -> None:
     """Raise UserError if the student has no W to walk in."""
     if walk.in_w and not (hasattr(student, "mapping") and hasattr(student, "synthesis")):
         raise UserError(
@@ -153,7 +154,7 @@ def _trimmed_mean(lengths: np.ndarray) -> float:
 
 
 def _steps(
-    student: nn.Module, walk: Walk, seeds: Sequence[int], *, epsilon: float, device: torch.device
+    student: Generator, walk: Walk, seeds: Sequence[int], *, epsilon: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the images [N, C, H, W] before and after each seed's step."""
     draws = _draws(student, walk, seeds)
@@ -161,9 +162,10 @@ def _steps(
     labels = None if draws.labels is None else draws.labels.repeat(2).to(device)
     if walk.in_w:
         ends = torch.cat([draws.start, draws.end]).to(device, torch.float32)
-        start, end = student.mapping(ends, labels).chunk(2)  # [N, num_ws, w_dim] each
+        mapping, synthesis = _halves(student)
+        start, end = mapping(ends, labels).chunk(2)  # [N, num_ws, w_dim] each
         weight = places.to(device, torch.float32)[:, None, None]
-        made = student.synthesis(start.repeat(2, 1, 1).lerp(end.repeat(2, 1, 1), weight))
+        made = synthesis(start.repeat(2, 1, 1).lerp(end.repeat(2, 1, 1), weight))
     else:
         shape = [2] + [1] * (draws.start.ndim - 1)
         latents = great_circle(draws.start.repeat(shape), draws.end.repeat(shape), places)
@@ -185,7 +187,12 @@ class _Draws(NamedTuple):
     """[N] int64."""
 
 
-def _draws(student: nn.Module, walk: Walk, seeds: Sequence[int]) -> _Draws:
+def _halves(student: Generator) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return mapping and synthesis of a student that `check` has found to have them."""
+    return cast(nn.Module, student.mapping), cast(nn.Module, student.synthesis)
+
+
+def _draws(student: Generator, walk: Walk, seeds: Sequence[int]) -> _Draws:
     """Return of each seed's stream two latents, then a uniform label, then a place."""
     ends, places, labels = [], [], []
     for seed in seeds:
