@@ -135,6 +135,8 @@ def main(
     if listing:
         click.echo(listed_runs(outdir))
         return
+
+    # exactly one mode, or one earlier run
     asked = {"gan": gan, "distill": distill, "teach": teach}
     modes = [mode for mode, wanted in asked.items() if wanted]
     earlier = [run for run in (resume, report) if run is not None]
@@ -147,6 +149,8 @@ def main(
         raise UserError(
             f"{arguments[0]!r}: a run keeps its recipe; --resume and --report take no other"
         )
+
+    # its recipe, then the work
     recipe = _recipe_of(modes[0], arguments) if modes else _recipe_in(earlier[0])
     if dry_run:
         click.echo(_plan(recipe))
@@ -236,12 +240,16 @@ def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
             f"got two recipes, {files[0]} and {files[1]}: expected one, "
             "then settings of the form key.path=value"
         )
+
+    # a file, or the mode's own recipe
     overrides = [argument for argument in arguments if "=" in argument]
     if not files and mode not in EMBEDDED:
         shipped = sorted(
             str(path.relative_to(ROOT)) for path in ROOT.glob(f"configs/{mode}/*.yaml")
         )
         raise UserError(f"--{mode} needs a recipe; begin with one of {', '.join(shipped)}")
+
+    # the mode must be that of its student
     recipe = read_recipe(
         Path(teachers.resolve(files[0]).location) if files else EMBEDDED[mode], overrides
     )

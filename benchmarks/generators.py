@@ -101,12 +101,16 @@ def main(
         "| generator | pass | column | images/s | peak MiB | time, native = 1 | difference |"
     )
     click.echo("|---|---|---|---:|---:|---:|---:|")
+
+    # one case after the other
     for name in names or CASES:
         case = CASES[name]
         torch.manual_seed(0)
         latents = torch.randn(batch or case.batch, 512, device=device)
         columns = _columns(case, device, precisions, published)
         differences = _differences(columns, latents)
+
+        # a row for each pass and column
         for kind in passes or PASSES:
             found = _measured(columns, latents, backward=kind == PASSES[1], runs=runs)
             base = _median_seconds(found["native"])

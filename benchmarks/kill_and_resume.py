@@ -123,6 +123,8 @@ def _until_its_end(
         share = draw.uniform(0.3 if waits_for_writing else 0.0, 0.7)  # a resumed run has less to do
         at = time.monotonic() + share * seconds
         before = _Left.of(outdir)
+
+        # run until the moment of the kill
         with _running(outdir, ranks) as process:
             while time.monotonic() < at and process.poll() is None:
                 time.sleep(0.01)
@@ -132,6 +134,8 @@ def _until_its_end(
         if kill is None:
             _check(process, outdir)
             return _folder(outdir)
+
+        # count the kill, and the files that it left
         tally.ranks[kill.rank] += 1
         tally.slowest_end = max(tally.slowest_end, kill.seconds_to_end)
         tally.kills[place := _place(outdir, before)] += 1

@@ -135,6 +135,8 @@ def _timed(state: trainer.TrainState, watch: Stopwatch) -> Iterator[None]:
         mock.patch.object(each, "step", watch.around("optimizer", each.step))
         for each in state.optimizers.values()
     ]
+
+    # parts of the loop and of autograd
     patches += [
         mock.patch.object(owner, name, watch.around(part, getattr(owner, name)))
         for owner, name, part in (
@@ -146,6 +148,8 @@ def _timed(state: trainer.TrainState, watch: Stopwatch) -> Iterator[None]:
             (step, "update_ema", "moving average"),
         )
     ]
+
+    # time them within the body
     for patch in patches:
         patch.start()
     try:

@@ -59,6 +59,8 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
         trained, seconds = step.wrap_for_ranks(state.networks, state, world), []
         objective = diff_instruct.build(diff_instruct.Config())
         teachers = [state.networks.teacher] if "teacher" in names else []
+
+        # run, timed, and read the memory
         with fsdp.sharded(teachers, world):
             _held(world)
             for _ in range(rounds):
@@ -71,6 +73,8 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
                 seconds.append(time.perf_counter() - started)
             peak = (in_use(world.device, peak=True) or 0) - before
             held = _held(world) - before
+
+        # one row of the table
         if world.is_main:
             row = f"| {', '.join(names) or 'none'} | {held:.0f} | {peak:.0f} "
             click.echo(f"{row}| {statistics.median(seconds[1:]):.3g} |")

@@ -159,6 +159,8 @@ def _explained(place: _Place, error: ErrorDetails) -> tuple[str, str]:
             near = did_you_mean(str(error["input"]), names)
         case _:
             near = ""
+
+    # any other value of a wrong type or range
     wanted = _wanted(place.accepts)
     sentence = f"expected {wanted}" if wanted else error["msg"]
     return place.path, f"got {shown(error['input'])}, {sentence}{near}"

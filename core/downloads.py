@@ -127,6 +127,8 @@ def _fetch(url: str, path: Path, *, mark_file: IO[str]) -> None:
     headers = {"User-Agent": "gan-refine"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": mark}
+
+    # continue only the same version of the file
     with _opened(url, headers) as response:
         if response.headers.get_content_type() == "text/html":
             raise http.client.HTTPException("the server sent a web page, not a file")
@@ -137,6 +139,8 @@ def _fetch(url: str, path: Path, *, mark_file: IO[str]) -> None:
         elif not _continues(response, start=start, mark=mark):
             _write_mark(mark_file, "")
             raise http.client.HTTPException("the server's file has changed since it was begun")
+
+        # append, then rename the complete file
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         with part.open("r+b" if resumed else "wb") as file:

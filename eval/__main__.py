@@ -168,6 +168,8 @@ def _measure(
         batch_size=batch_size,
         definitions=config.with_overrides({}, definitions),
     )
+
+    # evaluate on all ranks, print on rank 0
     seeded = {"--images": images, "--seeds": seeds, "--first-seed": first_seed}
     with allow_tf32(False), distributed.process_group(device) as world:
         set_up_logging(world)
@@ -296,6 +298,8 @@ def reference(
         raise UserError(f"{out}: a file of statistics must be named .npz to be known as one")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists: give another name, or --overwrite")
+
+    # compute the statistics on all ranks, write on rank 0
     with allow_tf32(False), distributed.process_group(device) as world:
         set_up_logging(world)
         with distributed.main_first(world):
@@ -310,6 +314,8 @@ def reference(
         )
         if world.is_main:
             references.save_npz(out, made)
+
+    # print what was written
     if not world.is_main:
         return
     count = "an unknown number of" if made.images is None else f"{made.images:,}"

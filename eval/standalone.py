@@ -132,6 +132,8 @@ def scorecard(evaluation: Evaluation) -> Scorecard:
     config = loaded.config
     started_at = time.monotonic()
     results = loaded.evaluate(subject.images_of, student=subject.student, first_seed=first)
+
+    # provenance of the values
     starts = [first + k * config.images for k in range(config.seeds)]
     needs = {metrics()[name].needs for name in results}
     distance = loaded.distance if "student" in needs else None

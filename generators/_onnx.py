@@ -107,6 +107,8 @@ def _converted(fixed: _Fixed) -> ModelProto:
     except (torch.onnx.errors.OnnxExporterError, TorchDynamoException) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise UserError(f"this student cannot be exported: {reason}") from error
+
+    # drop the exporter's notes, add ours
     assert program is not None
     model = program.model_proto
     graph = model.graph

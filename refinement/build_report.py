@@ -41,6 +41,8 @@ def report_of(run: Run) -> data.Report:
     sessions = of_kind(rows, Session)
     loaded = components.evaluator
     real = loaded and loaded.real
+
+    # every field of the report, in its order
     return data.Report(
         name=recipe.name,
         before=logged_metrics(run.folder, "before", 0) or {},

@@ -141,6 +141,8 @@ def build_adapter(recipe: Recipe, student: Generator | Denoiser, teacher: nn.Mod
             f"the student has {student.num_classes} classes, the teacher {teacher.num_classes} "
             "(0 = unconditional): choose a teacher of the same classes"
         )
+
+    # images of one shape need no map
     if student.image_shape == teacher.image_shape:
         return nn.Identity()
     if recipe.teacher.adapter is None:
@@ -150,6 +152,8 @@ def build_adapter(recipe: Recipe, student: Generator | Denoiser, teacher: nn.Mod
             "choose a teacher of the same resolution and channels, or shrink the student's images "
             "for it with teacher.adapter=downsample"
         )
+
+    # a smaller teacher's samples cannot be compared
     if recipe.evaluation.reference == TEACHER or recipe.evaluation.teacher is not None:
         raise UserError(
             "the teacher's samples have another size than the student's images, so there is no "

@@ -30,13 +30,19 @@ def train(run: Run) -> None:
     """Train to the end of the recipe. Raises loop.Interrupted, with the state saved, when asked to
     stop.
     """
+
+    # drop log rows behind the checkpoint
     if run.world.is_main:
         run.folder.log.keep_until(run.state.images_seen)
     distributed.barrier(run.world)
+
+    # evaluate before, unless the log has it
     _meet_teacher(run)
     evaluation.evaluate(run, "before", run.original)
     if run.state.images_seen >= run.recipe.training.total_images:
         return
+
+    # train
     with timed(run, "training"):
         evaluation.start_curve(run)
         with stop_signal() as stop_requested:
@@ -59,6 +65,8 @@ def finish(run: Run) -> data.Report:
     """Return the report of the run as it stands, after writing it and the refined weights."""
     _meet_teacher(run)
     evaluation.evaluate(run, "before", run.original)
+
+    # the refined weights
     student = copy.deepcopy(run.state.student_ema)
     assert isinstance(student, Generator | Denoiser), type(student)
     if isinstance(student, Generator):
@@ -72,6 +80,8 @@ def finish(run: Run) -> data.Report:
         }
         networks.save(run.folder.student, student, provenance=provenance)
         _save_refined_pickle(run, student)
+
+    # evaluate after, then report
     evaluation.evaluate(run, "after", student)
     evaluation.compare(run, student)
     log_session(run)

@@ -141,6 +141,8 @@ class Recipe(Section):
                 f"{asks} needs measurements while training: set evaluation.every_kimg, or leave it "
                 "out"
             )
+
+        # the metric is evaluated while training
         watched, known = self.watched_metric.name, self._evaluated_while_training()
         if watched not in known:
             raise ValueError(
@@ -148,6 +150,8 @@ class Recipe(Section):
                 f"{', '.join(known) or 'none'} as training.keep.best; what is measured follows "
                 "from evaluation.metrics, reference and images_while_training"
             )
+
+        # and its direction is right
         better = "lowest" if metrics()[watched].better == "lower" else "highest"
         if keep.best is not None and keep.best_is != better:
             raise ValueError(

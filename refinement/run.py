@@ -55,6 +55,8 @@ def open_run(recipe: Recipe, components: Components, folder: RunFolder, world: W
         components.teacher,
         components.adapter,
     )
+
+    # the state before the first image
     settings = recipe.training
     state = training_state.start(
         trio,
@@ -64,6 +66,8 @@ def open_run(recipe: Recipe, components: Components, folder: RunFolder, world: W
         shard=settings.shard,
         world=world,
     )
+
+    # the newest checkpoint, if any
     newest = checkpoint.restore_newest(state, folder, world)
     if newest is not None:
         _log.info("found %s: %d images seen", newest.name, state.images_seen)

@@ -140,6 +140,8 @@ class Config(BaseModel):
                 raise ValueError(
                     f"{', '.join(foreign)}: only for SongUNet; remove or change model_type"
                 )
+
+        # arguments of another preconditioning
         own = set(_OWN_ARGUMENTS[self.preconditioning])
         others = sorted(set().union(*_OWN_ARGUMENTS.values()) - own)
         if foreign := [n for n in others if getattr(self, n) != fields[n].default]:
@@ -147,6 +149,8 @@ class Config(BaseModel):
                 f"{', '.join(foreign)}: not for preconditioning {self.preconditioning}; remove, or "
                 "change preconditioning"
             )
+
+        # numbers that do not fit each other
         if len(self.resample_filter) % 2:
             raise ValueError(f"resample_filter has {len(self.resample_filter)} taps; make it even")
         coarsest = 1 << (len(self.channel_mult) - 1)

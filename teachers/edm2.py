@@ -224,6 +224,8 @@ def from_record(record: NetworkRecord) -> Config | None:
         raise UserError(
             f"Precond network with arguments that EDM2's constructor does not take: {problems}"
         ) from error
+
+    # latent networks have no pixels
     if config.img_channels == _LATENT_CHANNELS:
         raise UserError(
             f"this EDM2 network denoises latents of an autoencoder ({_LATENT_CHANNELS} channels of "

@@ -194,6 +194,8 @@ def restore(state: TrainState, path: Path) -> None:
     wrong = damage(path)
     if wrong is not None:
         raise UserError(f"{path} is damaged: {wrong}; delete it to go on from the one before")
+
+    # networks, average, optimizers, loss scales, count of images
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("student", "score"):
