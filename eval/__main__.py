@@ -19,10 +19,10 @@ from core.distributed import World
 from core.errors import UserError
 from core.file import File
 from core.precision import allow_tf32
-from eval import edm_sampler, evaluator, features, progress, scorecard, standalone, subjects
+from eval import edm_sampler, evaluator, features, progress, scorecard, standalone
 from eval import reference as references
 from eval.metrics import registry
-from eval.subjects import Kind, Subject
+from eval.standalone import Kind, Subject
 from pretrained import files
 from pretrained.files import SavedNetwork
 
@@ -213,15 +213,15 @@ def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
     if sampler and kind != "teacher":
         raise UserError(f"--sampler is of a teacher, and {source} holds {_HELD[kind]}")
     if kind == "images":
-        return subjects.of_images(references.image_set(path), source=source)
+        return standalone.of_images(references.image_set(path), source=source)
     sha256, layout = str(file.sha256), torch.channels_last
     if kind == "student":
         student = generators.load(path)
         student.to(world.device).to(memory_format=layout)
-        return subjects.of_student(student, source=source, sha256=sha256, device=world.device)
+        return standalone.of_student(student, source=source, sha256=sha256, device=world.device)
     teacher = teachers.load(path)
     teacher.to(world.device).to(memory_format=layout)
-    return subjects.of_teacher(
+    return standalone.of_teacher(
         teacher,
         partial(edm_sampler.sample, config=settings),
         described=edm_sampler.describe(teacher, settings),

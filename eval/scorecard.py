@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from eval.display import arrow, metric_title, shown, unit
+from eval.metrics.display import arrow, metric_title, shown, unit
 from eval.metrics.registry import MetricResult, metrics
 from eval.provenance import Environment, ExtractorName, ReferenceName
 

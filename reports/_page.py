@@ -14,7 +14,7 @@ from html import escape
 from PIL import Image
 from torch import Tensor
 
-from eval.display import metric_title
+from eval.metrics.display import metric_title
 from eval.metrics.registry import metrics
 from eval.samples import Neighbors, Pairs
 from reports._drawing import Series, drawing

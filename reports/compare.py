@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import UserError
-from eval.display import arrow, change, number, shown, unit
+from eval.metrics.display import arrow, change, number, shown, unit
 from eval.metrics.registry import MetricResult, metrics
 from reports.data import Report
 from reports.text import facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from eval.display import arrow, change, metric_title, number, shown, unit
+from eval.metrics.display import arrow, change, metric_title, number, shown, unit
 from eval.metrics.registry import metrics
 from eval.provenance import ExtractorName
 from reports._warnings import warnings

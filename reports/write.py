@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from core.disk import atomic_write
-from eval.display import metric_title
+from eval.metrics.display import metric_title
 from eval.metrics.registry import metrics
 from eval.samples import Neighbors, Pairs
 from reports import _comparison, _page
