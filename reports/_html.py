@@ -68,7 +68,7 @@ figcaption { font-size: .78rem; color: var(--quiet) }
 .pair { position: relative; line-height: 0 }
 .pair img, .teacher { width: 100%; image-rendering: pixelated; border-radius: 4px }
 .pair .after { position: absolute; inset: 0; height: 100%;
-  clip-path: inset(0 calc(100% - var(--cut)) 0 0) }
+  clip-path: inset(0 0 0 var(--cut)) }
 .pair::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--cut); width: 1px;
   background: var(--blue) }
 .beside { display: flex; gap: 3px; line-height: 0 }

@@ -94,10 +94,10 @@ def _pairs(pairs: Pairs | None) -> str:
         "<section><h2>The same latents, before and after</h2>"
         '<p class="slide"><label for="cut">before</label>'
         '<input id="cut" type="range" min="0" max="100" value="50" '
-        'aria-label="how much of each image is after">'
+        'aria-label="how much of each image is before">'
         '<label for="cut">after</label></p>'
         f'<div class="pairs">{"".join(figures)}</div>'
-        f"<p>Left of the cut is after, right of it before.{below}</p></section>"
+        f"<p>Left of the cut is before, right of it after.{below}</p></section>"
     )
 
 

@@ -100,19 +100,32 @@ def test_a_complaint_and_a_request_would_be_seen(tab: Browser, tmp_path: Path) -
 def test_the_slider_uncovers_the_images_after(
     tab: Browser, addresses: dict[str, str], width: int
 ) -> None:
-    """Half of an image is white at first; dragged to the right, most of it; to the left, little."""
+    """Half of an image is white at first; dragged to the left, most of it; to the right, little."""
     tab.open(addresses["report"], width=width)
     assert _white(tab) == pytest.approx(0.5, abs=0.05)
     at = 0.5
-    for share in (0.9, 0.1):
+    for share in (0.1, 0.9):
         slider = tab.place("#cut")
         start, end = (
             (slider["x"] + slider["width"] * part, slider["y"] + slider["height"] / 2)
             for part in (at, share)
         )
         tab.drag(start, end)
-        assert _white(tab) == pytest.approx(share, abs=0.08)
+        assert _white(tab) == pytest.approx(1 - share, abs=0.08)
         at = share
+
+
+def test_the_slider_s_words_stand_on_the_sides_of_the_images(
+    tab: Browser, addresses: dict[str, str]
+) -> None:
+    """The images before (black) are on the side of the word "before", those after on the other."""
+    tab.open(addresses["report"], width=DESK)
+    words = tab.run("[...document.querySelectorAll('.slide label')].map(l => l.textContent)")
+    pixels = tab.picture(".pair").min(axis=2)
+    width = pixels.shape[1]
+    left, right = pixels[:, : width // 3].mean(), pixels[:, -width // 3 :].mean()
+    assert words == ["before", "after"]
+    assert left < 50 and right > 200
 
 
 def _white(tab: Browser) -> float:
