@@ -105,6 +105,8 @@ def levels(report: Report) -> dict[str, float]:
 
 def shown_points(report: Report) -> list[CurvePoint]:
     """Return the curve's points with their values as shown."""
+    if not report.curve.points:
+        return []
     times = metrics()[report.curve.metric].scale
     return [CurvePoint(seen, value * times) for seen, value in report.curve.points]
 

@@ -50,7 +50,7 @@ def markdown(report: Report, *, pictures: list[str]) -> str:
     """Return report.md; pictures: file names beside it."""
     captions = {
         "report.png": "Pairs from the same latents, before above after",
-        "curve.png": f"{metrics()[report.curve.metric].label} while training",
+        "curve.png": f"{_curve_label(report)} while training",
     }
     parts = [f"# {report.name}", f"**{headline(report)}**", _markdown_table(report)]
     parts += ["\n".join(f"> **Note.** {warning}  " for warning in warnings(report))]
@@ -88,3 +88,8 @@ def _markdown_table(report: Report) -> str:
 def _markdown_facts(report: Report) -> str:
     lines = [f"| {name} | {value} |" for name, value in facts(report).items()]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _curve_label(report: Report) -> str:
+    """Return the label of the curve's metric; empty without a curve."""
+    return metrics()[report.curve.metric].label if report.curve.points else ""
