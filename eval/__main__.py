@@ -25,6 +25,7 @@ from core.roles import Denoiser
 from core.run_folder import RunFolder
 from eval import edm_sampler, evaluator, features, progress, scorecard, standalone, subjects
 from eval import reference as references
+from eval.display import image_count
 from eval.metrics import registry
 from eval.subjects import Kind, Subject
 from pretrained import files
@@ -320,11 +321,10 @@ def reference(
             references.save_npz(out, made)
     if not world.is_main:
         return
-    count = "an unknown number of" if made.images is None else f"{made.images:,}"
     kept = "none" if made.features is None else f"{len(made.features):,}"
     click.echo(
-        f"wrote {out}: {len(made.mean):,} features of {count} images by {made.extractor}, "
-        f"those of {kept} images kept"
+        f"wrote {out}: {len(made.mean):,} features of {image_count(made.images)} "
+        f"by {made.extractor}, those of {kept} images kept"
     )
 
 

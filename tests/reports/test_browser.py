@@ -19,6 +19,7 @@ from eval.metrics.registry import MetricResult
 from eval.samples import Pairs
 from reports import compare, write
 from reports.data import (
+    ExtractorName,
     File,
     ReferenceName,
 )
@@ -85,6 +86,22 @@ def test_a_page_complains_of_nothing_and_asks_nobody(
     assert asked == [addresses[name]]
     assert tab.run("document.documentElement.scrollWidth") <= width
     assert tab.run("document.querySelectorAll('svg polyline').length") >= 1
+
+
+def test_on_a_phone_every_value_is_in_sight(tab: Browser, tmp_path: Path) -> None:
+    """A long name of an extractor or a run takes more lines and pushes no value off the page."""
+    extractor = ExtractorName("classifier-of-handwritten-digits-and-letters-32x32-v2", "b" * 64)
+    report = replace(REPORT, extractor=extractor)
+    runs = [tmp_path / f"0000{index}-gan-{extractor.name}" for index in range(2)]
+    pages = [write.write(run / "report", report) for run in runs]
+    pages.append(tmp_path / "comparison.html")
+    paths = [page.with_name("report.json") for page in pages[:2]]
+    write.write_comparison(pages[2], compare.compare([report] * 2, paths, beside=pages[2]))
+    for page in pages:
+        tab.open(page.as_uri(), width=PHONE)
+        right = "Math.max(...[...document.querySelectorAll('.values td')]"
+        assert tab.run(f"{right}.map(cell => cell.getBoundingClientRect().right))") <= PHONE
+        assert tab.run("document.documentElement.scrollWidth") <= PHONE
 
 
 def test_a_complaint_and_a_request_would_be_seen(tab: Browser, tmp_path: Path) -> None:

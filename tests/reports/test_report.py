@@ -287,7 +287,10 @@ def test_a_curve_that_never_rises_is_drawn(tmp_path: Path, value: float) -> None
     """A distance of nothing, or below it as a KID may be: the page is made."""
     flat = Curve("fid", (CurvePoint(0, value), CurvePoint(100, value)), 5_000)
     report = replace(REPORT, curve=flat, teacher_samples=None, real_halves=None)
-    assert len(_Tags(_page(tmp_path, report)).of("circle")) == 2
+    page = _Tags(_page(tmp_path, report))
+    assert len(page.of("circle")) == 2
+    bottom = float(page.of("svg")[0]["viewbox"].split()[3])
+    assert all(0 < float(dot["cy"]) < bottom for dot in page.of("circle"))
 
 
 def test_what_stayed_is_said_of_a_student_whose_images_were_all_alike() -> None:
