@@ -37,7 +37,7 @@ _COLORS = 8
 """Curves that a drawing tells apart."""
 _LEVEL_PITCH = 18
 """Least distance of two levels' texts, in a drawing's units."""
-_CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_TOP = 860, 470, 58
+_CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_TOP = 860, 470, 72
 """Size of curve.png and the height of its title, in pixels."""
 
 
@@ -310,6 +310,6 @@ def curve_picture(drawing: CurveDrawing, *, title: str) -> bytes:
     # words
     _text(figure, drawing.left * scale, 32, title, size=13, weight="bold")
     middle = (drawing.left + drawing.right) / 2 * scale
-    below = _CURVE_HEIGHT - 24
+    below = _CURVE_HEIGHT - 30
     _text(figure, middle, below, "images seen (thousands)", color=_QUIET, align="center")
     return _png(figure)
