@@ -36,15 +36,16 @@ def write(
     folder = Path(folder)
     if pairs is not None:
         _write(folder / "report.png", pairs_picture(pairs))
-    if len(report.curve.points) > 1:
+    has_curve = len(report.curve.points) > 1
+    if has_curve:
         _write(folder / "curve.png", _curve_png(report))
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
     _write(folder / "report.json", text.encode())
-    pictures = [name for name in ("report.png", "curve.png") if (folder / name).exists()]
+    names = ("report.png", "curve.png") if has_curve else ("report.png",)
+    pictures = [name for name in names if (folder / name).exists()]
     _write(folder / "report.md", markdown(report, pictures=pictures).encode())
-    _write(
-        folder / "report.html", _page("report.html", _views.report_view(report, pairs, neighbours))
-    )
+    view = _views.report_view(report, pairs, neighbours)
+    _write(folder / "report.html", _page("report.html", view))
     return folder / "report.html"
 
 
