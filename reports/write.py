@@ -73,33 +73,6 @@ def _write(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def _curve_png(report: Report) -> bytes:
-    title, of = _views.curve_title(report)
-    return curve_picture(_views.report_drawing(report), title=title + of)
-
-
-def _markdown_table(report: Report) -> str:
-    if not report.metrics:
-        return ""
-    titles = columns(report)
-    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
-    lines += [f"| {' | '.join(row[: len(titles)])} |" for row in rows(report)]
-    return "\n".join(lines) + f"\n\n{sets(report)}"
-
-
-def _markdown_facts(report: Report) -> str:
-    lines = [f"| {name} | {value} |" for name, value in facts(report).items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _curve_label(report: Report) -> str:
-    """Return the label of the curve's metric; empty without a curve."""
-    return metrics()[report.curve.metric].label if report.curve.points else ""
-
-
-# Pages
-
-
 @cache
 def _templates() -> Environment:
     """Return the templates of pages: all text is escaped, an unknown name is an error."""
@@ -127,3 +100,27 @@ def _coded(text: str) -> Markup:
 def _breakable(name: str) -> Markup:
     """Return a name as HTML with line breaks allowed between its parts."""
     return Markup(re.sub(r"([./_-])", r"\1<wbr>", str(escape(name))))
+
+
+def _curve_png(report: Report) -> bytes:
+    title, of = _views.curve_title(report)
+    return curve_picture(_views.report_drawing(report), title=title + of)
+
+
+def _markdown_table(report: Report) -> str:
+    if not report.metrics:
+        return ""
+    titles = columns(report)
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+    lines += [f"| {' | '.join(row[: len(titles)])} |" for row in rows(report)]
+    return "\n".join(lines) + f"\n\n{sets(report)}"
+
+
+def _markdown_facts(report: Report) -> str:
+    lines = [f"| {name} | {value} |" for name, value in facts(report).items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _curve_label(report: Report) -> str:
+    """Return the label of the curve's metric; empty without a curve."""
+    return metrics()[report.curve.metric].label if report.curve.points else ""
