@@ -57,6 +57,11 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def short_sha256(sha256: str) -> str:
+    """Return the first digits of a hash, for readers."""
+    return sha256[:12]
+
+
 def cache_path(url: str) -> Path:
     """Return the cache path of a URL's file: a short hash of the URL, then its own name.
 

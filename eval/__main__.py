@@ -22,6 +22,7 @@ from core.precision import allow_tf32
 from eval import edm_sampler, evaluator, features, progress, scorecard, standalone
 from eval import reference as references
 from eval.metrics import registry
+from eval.metrics.display import image_count
 from eval.standalone import Kind, Subject
 from pretrained import files
 from pretrained.files import SavedNetwork
@@ -318,11 +319,10 @@ def reference(
     # print what was written
     if not world.is_main:
         return
-    count = "an unknown number of" if made.images is None else f"{made.images:,}"
     kept = "none" if made.features is None else f"{len(made.features):,}"
     click.echo(
-        f"wrote {out}: {len(made.mean):,} features of {count} images by {made.extractor}, "
-        f"those of {kept} images kept"
+        f"wrote {out}: {len(made.mean):,} features of {image_count(made.images)} "
+        f"by {made.extractor}, those of {kept} images kept"
     )
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Subset
 from core import distributed
 from core.disk import atomic_write
 from core.distributed import World
-from core.downloads import cache_path, local_file, sha256_of
+from core.downloads import cache_path, local_file, sha256_of, short_sha256
 from core.errors import UserError
 from data.images import Images
 from eval import _published_sets
@@ -402,4 +402,4 @@ def _published_meta(path: Path, dimensions: int, extractor: Extractor) -> _Meta:
 
 
 def _short(sha256: str | None) -> str:
-    return "unknown" if sha256 is None else sha256[:12]
+    return "unknown" if sha256 is None else short_sha256(sha256)

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from eval.metrics.display import arrow, metric_title, shown, unit
+from core.downloads import short_sha256
+from eval.metrics.display import arrow, image_count, metric_title, shown, unit
 from eval.metrics.registry import MetricResult, metrics
 from eval.provenance import Environment, ExtractorName, ReferenceName
 
@@ -80,17 +81,17 @@ def table(card: Scorecard) -> str:
 
 def _facts(card: Scorecard) -> dict[str, str]:
     subject, reference = card.subject, card.reference
-    found = {"of": f"{subject.kind} {subject.source} (sha256 {subject.sha256[:12]})"}
+    found = {"of": f"{subject.kind} {subject.source} (sha256 {short_sha256(subject.sha256)})"}
     ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in card.seeds)
     numbers = "images" if subject.kind == "images" else "seeds"
     found["images"] = f"{len(card.seeds)} x {card.images:,}, {numbers} {ranges}"
     if reference is not None:
-        count = "an unknown number of" if reference.images is None else f"{reference.images:,}"
-        found["against"] = f"{count} images of {reference.name} (sha256 {reference.sha256[:12]})"
+        count = image_count(reference.images)
+        found["against"] = f"{count} of {reference.name} (sha256 {short_sha256(reference.sha256)})"
     if card.extractor is not None:
-        found["features"] = f"{card.extractor.name} (sha256 {card.extractor.sha256[:12]})"
+        found["features"] = f"{card.extractor.name} (sha256 {short_sha256(card.extractor.sha256)})"
     if card.distance is not None:
-        found["distance"] = f"{card.distance.name} (sha256 {card.distance.sha256[:12]})"
+        found["distance"] = f"{card.distance.name} (sha256 {short_sha256(card.distance.sha256)})"
     if card.sampler is not None:
         found["sampler"] = card.sampler
     found["took"] = f"{card.seconds:.1f} s on {card.environment.hardware}"

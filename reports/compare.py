@@ -1,7 +1,7 @@
 """Reports of several runs beside each other: how good each became, and what was different.
 
     compared = compare(reports, paths, beside=Path("comparison.html"))
-    summary(compared)                   for a terminal; pages.write_comparison makes the page
+    summary(compared)                   for a terminal; write.write_comparison writes the page
 
 Values are put side by side only with a warning where they are not comparable: of other features,
 against another reference, of other counts of images.

@@ -1,23 +1,29 @@
-"""The pictures of a report, as PNG: pairs of images, and a metric over images seen.
+"""The figures of a report: pairs of images, and metrics over images seen as SVG and PNG.
 
-Positions are pixels from the top left, so that one image pixel is a whole number of them.
+Positions in pictures are pixels from the top left: one image pixel is a whole number of them.
 """
 
 from __future__ import annotations
 
+import base64
 import io
+import itertools
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from eval.samples import Pairs
+from reports.data import CurvePoint
 
 _BEFORE, _AFTER, _QUIET, _INK = "#8a8f98", "#1f6feb", "#57606a", "#1f2328"
+_GRID = "#d8dee4"
 _LEVEL_COLORS = ("#2d8a4e", "#cf6a1b", "#8250df")
 _TILE = 72
 """Pixels of the longer side of an image in a picture, at least."""
@@ -25,6 +31,14 @@ _LEFT, _TOP, _SEAM, _GAP = 92, 58, 4, 18
 """Margins, the space between images, and the space between rows of pairs, in pixels."""
 _WIDEST = 2048
 """Pixels that all images of a row may take."""
+_LARGEST = 256
+"""Pixels of the longer side of an image in a page, at most."""
+_COLORS = 8
+"""Curves that a drawing tells apart."""
+_LEVEL_PITCH = 18
+"""Least distance of two levels' texts, in a drawing's units."""
+_CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_TOP = 860, 470, 72
+"""Size of curve.png and the height of its title, in pixels."""
 
 
 def pairs_picture(pairs: Pairs) -> bytes:
@@ -69,37 +83,6 @@ def grid_picture(images: Tensor, *, columns: int) -> bytes:
     content = io.BytesIO()
     Image.fromarray(sheet).save(content, format="PNG")
     return content.getvalue()
-
-
-def curve_picture(
-    points: Sequence[tuple[int, float]],
-    *,
-    metric: str,
-    title: str,
-    levels: Mapping[str, float | None],
-) -> bytes:
-    """Return a PNG of (images seen, value) points; levels: dashed lines, None where not known."""
-    known = {name: value for name, value in levels.items() if value is not None}
-    kimg = [images_seen / 1000 for images_seen, _ in points]
-    values = [value for _, value in points]
-    figure = _figure(860, 470)
-    axes = figure.add_axes((0.09, 0.145, 0.78, 0.72))
-    axes.plot(kimg, values, color=_AFTER, linewidth=2.2, marker="o", markersize=4.5, zorder=3)
-    for place in sorted({0, len(points) - 1}):
-        _value(axes, kimg[place], values[place])
-    top = 1.12 * max([*values, *known.values(), 1e-9])  # all may be 0, or a KID below it
-    axes.set_ylim(0, top)
-    label_y = 0.0
-    for place, (name, value) in enumerate(sorted(known.items(), key=lambda item: item[1])):
-        label_y = max(value, label_y)
-        color = _LEVEL_COLORS[place % len(_LEVEL_COLORS)]
-        _level(axes, value, name=name, color=color, label_y=label_y)
-        label_y += 0.1 * top  # the next label must not touch this one
-    axes.set_xlabel("images seen (thousands)", color=_QUIET)
-    axes.set_ylabel(metric, color=_QUIET)
-    _clean(axes)
-    _text(figure, 78, 32, title, size=13, weight="bold")
-    return _png(figure)
 
 
 def _columns(pairs: Pairs, tile_width: int) -> int:
@@ -157,30 +140,186 @@ def _row_name(figure: Figure, y: float, name: str, *, color: str) -> None:
     _text(figure, _LEFT - 12, y, name, color=color, align="right", weight="bold")
 
 
-def _value(axes: Axes, x: float, y: float) -> None:
-    style = {"ha": "center", "va": "bottom", "fontsize": 11, "weight": "bold", "color": _AFTER}
-    axes.annotate(_number(y), (x, y), xytext=(0, 8), textcoords="offset points", **style)
-
-
-def _level(axes: Axes, value: float, *, name: str, color: str, label_y: float) -> None:
-    axes.axhline(value, color=color, linestyle="--", linewidth=1.2, zorder=2)
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    label = f"{name}\n{_number(value)}"
-    axes.annotate(label, (1, label_y), xytext=(6, 0), va="center", color=color, **place)
+def data_address(image: Tensor) -> str:
+    """Return the address of a PNG in a page, shrunk to 256 pixels; image: uint8 [C, H, W]."""
+    pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((_LARGEST, _LARGEST))
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def _clean(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#d0d7de")
-    axes.tick_params(colors=_QUIET, length=0)
-    axes.grid(axis="y", color="#eaeef2", zorder=0)
-
-
 def _png(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()
+
+
+# Curves: one geometry, which templates/curve.html draws as SVG and curve_picture as PNG
+
+
+class Series(NamedTuple):
+    """One curve's name and points."""
+
+    name: str
+    points: Sequence[CurvePoint]
+    """Values as shown."""
+
+
+class Tick(NamedTuple):
+    """A number on an axis."""
+
+    x: float
+    y: float
+    text: str
+
+
+class Level(NamedTuple):
+    """A line across the curves, at a value to compare with."""
+
+    y: float
+    text_y: float
+    """Height of its text, which keeps clear of the other levels' texts."""
+    text: str
+
+
+class Dot(NamedTuple):
+    """A point of a curve."""
+
+    x: float
+    y: float
+    text: str
+    """Images seen and value."""
+    value: str
+
+
+class Line(NamedTuple):
+    """One curve in a drawing."""
+
+    name: str
+    color: int
+    """Index of a color: class c0 to c7 of style.css."""
+    dots: tuple[Dot, ...]
+
+
+@dataclass(frozen=True)
+class CurveDrawing:
+    """Positions of curves, ticks and levels, in units from the top left."""
+
+    width: ClassVar[int] = 720
+    height: ClassVar[int] = 300
+    left: ClassVar[int] = 52
+    right: ClassVar[int] = 598
+    top: ClassVar[int] = 18
+    bottom: ClassVar[int] = 260
+    lines: tuple[Line, ...]
+    levels: tuple[Level, ...]
+    value_ticks: tuple[Tick, ...]
+    images_seen_ticks: tuple[Tick, ...]
+
+
+def curve_drawing(series: Sequence[Series], levels: Mapping[str, float]) -> CurveDrawing:
+    """Return the drawing of curves, one with two points at least, with levels across them."""
+    # axes between round numbers around zero and every value
+    points = [point for one in series for point in one.points]
+    seen_ticks = _ticks([point.images_seen for point in points])
+    value_ticks = _ticks([*(point.value for point in points), *levels.values()])
+    drawing = CurveDrawing
+
+    def x(images_seen: float) -> float:
+        share = images_seen / seen_ticks[-1]
+        return round(drawing.left + (drawing.right - drawing.left) * share, 1)
+
+    def y(value: float) -> float:
+        share = (value - value_ticks[0]) / (value_ticks[-1] - value_ticks[0])
+        return round(drawing.bottom - (drawing.bottom - drawing.top) * share, 1)
+
+    # curves, in the colors' order
+    lines = []
+    for index, one in enumerate(series):
+        dots = [
+            Dot(x(seen), y(value), f"{seen:,} images: {value:.4g}", _number(value))
+            for seen, value in one.points
+        ]
+        lines.append(Line(one.name, index % _COLORS, tuple(dots)))
+    return CurveDrawing(
+        lines=tuple(lines),
+        levels=_levels({name: (value, y(value)) for name, value in levels.items()}),
+        value_ticks=tuple(Tick(drawing.left, y(tick), f"{tick:g}") for tick in value_ticks),
+        images_seen_ticks=tuple(
+            Tick(x(tick), drawing.bottom, f"{tick / 1000:g}") for tick in seen_ticks
+        ),
+    )
+
+
+def _levels(places: Mapping[str, tuple[float, float]]) -> tuple[Level, ...]:
+    """Return levels from the lowest value, each text above the one before; places: value, y."""
+    levels: list[Level] = []
+    for name, (value, y) in sorted(places.items(), key=lambda place: place[1][0]):
+        highest = levels[-1].text_y - _LEVEL_PITCH if levels else y
+        levels.append(Level(y, min(y, highest), f"{name} {value:.3g}"))
+    return tuple(levels)
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Return round numbers around the values and 0: steps of 1, 2 or 5 times a power of ten."""
+    lowest, largest = min(0.0, *values), max(0.0, *values)
+    rough = (largest - lowest or 1.0) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    first, last = math.floor(lowest / step), math.ceil(largest / step)
+    return [step * index for index in range(first, max(last, first + 1) + 1)]
+
+
+def curve_picture(drawing: CurveDrawing, *, title: str) -> bytes:
+    """Return a PNG of a drawing of one curve, in the page's light colors."""
+    # axes in the drawing's units, over the figure's whole width
+    figure = _figure(_CURVE_WIDTH, _CURVE_HEIGHT)
+    scale = _CURVE_WIDTH / drawing.width
+    share = drawing.height * scale / _CURVE_HEIGHT
+    axes = figure.add_axes((0, 1 - _CURVE_TOP / _CURVE_HEIGHT - share, 1, share))
+    axes.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))
+    axes.axis("off")
+
+    # grid and ticks
+    left, right = drawing.left, drawing.right
+    text: dict[str, Any] = {"color": _QUIET, "fontsize": 10, "va": "center"}
+    for tick in drawing.value_ticks:
+        axes.hlines(tick.y, left, right, color=_GRID, linewidth=1)
+        axes.text(tick.x - 8, tick.y, tick.text, ha="right", **text)
+    for tick in drawing.images_seen_ticks:
+        axes.text(tick.x, tick.y + 16, tick.text, ha="center", **text)
+
+    # levels, then the curve over them
+    for level, color in zip(drawing.levels, itertools.cycle(_LEVEL_COLORS), strict=False):
+        axes.hlines(level.y, left, right, color=color, linestyle="--", linewidth=1.2)
+        axes.text(drawing.right + 6, level.text_y, level.text, **(text | {"color": color}))
+    for line in drawing.lines:
+        xs, ys = [dot.x for dot in line.dots], [dot.y for dot in line.dots]
+        style: dict[str, Any] = {
+            "color": _AFTER,
+            "linewidth": 2.2,
+            "marker": "o",
+            "markersize": 4.5,
+        }
+        axes.plot(xs, ys, clip_on=False, **style)
+        for dot in (line.dots[0], line.dots[-1]):
+            value: dict[str, Any] = {
+                "ha": "center",
+                "va": "bottom",
+                "weight": "bold",
+                "color": _AFTER,
+            }
+            axes.text(dot.x, dot.y - 6, dot.value, fontsize=11, **value)
+
+    # words
+    _text(figure, drawing.left * scale, 32, title, size=13, weight="bold")
+    middle = (drawing.left + drawing.right) / 2 * scale
+    below = _CURVE_HEIGHT - 30
+    _text(figure, middle, below, "images seen (thousands)", color=_QUIET, align="center")
+    return _png(figure)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from eval.metrics.display import arrow, change, metric_title, number, shown, unit
+from core.downloads import short_sha256
+from eval.metrics.display import (
+    ARROWS,
+    arrow,
+    change,
+    image_count,
+    metric_title,
+    number,
+    shown,
+    unit,
+)
 from eval.metrics.registry import metrics
 from eval.provenance import ExtractorName
 from reports._warnings import warnings
@@ -88,7 +98,7 @@ def verdict(report: Report) -> str:
 def sets(report: Report) -> str:
     """Return on how many images the metrics are, and which way is better, in a sentence or two."""
     count = len(report.seeds)
-    seeds = "before and after on the same seeds. ↓ lower is better, ↑ higher."
+    seeds = f"before and after on the same seeds. {ARROWS}."
     if count == 1:
         return f"One set of {report.images:,} images; {seeds}"
     return f"Mean ± standard deviation over {count} sets of {report.images:,} images; {seeds}"
@@ -96,6 +106,8 @@ def sets(report: Report) -> str:
 
 def levels(report: Report) -> dict[str, float]:
     """Return what the curve can be compared with, by name, as shown."""
+    if not report.curve.points:
+        return {}
     scores = {"teacher": report.teacher_samples, "real images": report.real_halves}
     metric = report.curve.metric
     return {
@@ -153,8 +165,9 @@ def facts(report: Report) -> dict[str, str]:
     environment, reference = report.environment, report.reference
     compared = "nothing"
     if reference is not None:
-        count = "an unknown number of" if reference.images is None else f"{reference.images:,}"
-        compared = f"{count} images of `{reference.name}` ({_short(reference.sha256)})"
+        compared = (
+            f"{image_count(reference.images)} of `{reference.name}` ({_short(reference.sha256)})"
+        )
     dirty = ", with changes" if environment.git_dirty else ""
     return {
         "features": _named(report.extractor),
@@ -185,12 +198,11 @@ def _score(score: SampleScore | None) -> str:
     """Return what images that no student made are worth, in words."""
     if score is None or not score.metrics:
         return "not measured"
-    count = "an unknown number of" if score.images is None else f"{score.images:,}"
     values = ", ".join(
         f"{metrics()[name].label} {number(name, value)}{unit(name).replace(',', '')}"
         for name, value in score.metrics.items()
     )
-    return f"{values} of {count} images"
+    return f"{values} of {image_count(score.images)}"
 
 
 def _speed(report: Report) -> str:
@@ -204,7 +216,7 @@ def _named(extractor: ExtractorName | None) -> str:
 
 
 def _short(sha256: str | None) -> str:
-    return f"sha256 {sha256[:12]}" if sha256 else "hash unknown"
+    return f"sha256 {short_sha256(sha256)}" if sha256 else "hash unknown"
 
 
 def _duration(seconds: float) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
 from core.disk import atomic_write
-from eval.metrics.display import metric_title
 from eval.metrics.registry import metrics
 from eval.samples import Neighbors, Pairs
-from reports import _comparison, _page
+from reports import _views
 from reports._warnings import warnings
 from reports.compare import Comparison
 from reports.data import Report, to_json
 from reports.figures import curve_picture, pairs_picture
-from reports.text import columns, facts, headline, levels, remarks, rows, sets, shown_points
+from reports.text import columns, facts, headline, remarks, rows, sets
 
 
 def write(
@@ -31,19 +36,22 @@ def write(
     folder = Path(folder)
     if pairs is not None:
         _write(folder / "report.png", pairs_picture(pairs))
-    if len(report.curve.points) > 1:
+    has_curve = len(report.curve.points) > 1
+    if has_curve:
         _write(folder / "curve.png", _curve_png(report))
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
     _write(folder / "report.json", text.encode())
-    pictures = [name for name in ("report.png", "curve.png") if (folder / name).exists()]
+    names = ("report.png", "curve.png") if has_curve else ("report.png",)
+    pictures = [name for name in names if (folder / name).exists()]
     _write(folder / "report.md", markdown(report, pictures=pictures).encode())
-    _write(folder / "report.html", _page.page(report, pairs, neighbours).encode())
+    view = _views.report_view(report, pairs, neighbours)
+    _write(folder / "report.html", _page("report.html", view))
     return folder / "report.html"
 
 
 def write_comparison(path: str | Path, compared: Comparison) -> None:
     """Write the page that compares runs."""
-    _write(Path(path), _comparison.page(compared).encode())
+    _write(Path(path), _page("comparison.html", _views.comparison_view(compared)))
 
 
 def markdown(report: Report, *, pictures: list[str]) -> str:
@@ -65,15 +73,38 @@ def _write(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def _curve_png(report: Report) -> bytes:
-    curve = report.curve
-    metric = metric_title(curve.metric, report.extractor)
-    return curve_picture(
-        shown_points(report),
-        metric=metric,
-        title=f"{metric} of {curve.images:,} images" if curve.images else metric,
-        levels=levels(report),
+@cache
+def _templates() -> Environment:
+    """Return the templates of pages: all text is escaped, an unknown name is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {"coded": _coded, "breakable": _breakable}
+    return environment
+
+
+def _page(template: str, view: Mapping[str, object]) -> bytes:
+    """Return a page: one file with its style, script and pictures, which makes no request."""
+    return _templates().get_template(template).render(view).encode()
+
+
+def _coded(text: str) -> Markup:
+    """Return text as HTML, with code between backticks as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name as HTML with line breaks allowed between its parts."""
+    return Markup(re.sub(r"([./_-])", r"\1<wbr>", str(escape(name))))
+
+
+def _curve_png(report: Report) -> bytes:
+    title, of = _views.curve_title(report)
+    return curve_picture(_views.report_drawing(report), title=title + of)
 
 
 def _markdown_table(report: Report) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from eval.metrics.registry import MetricResult, metrics
 from eval.provenance import ExtractorName
 
+ARROWS = "↓ lower is better, ↑ higher"
+"""Meaning of the arrows in tables."""
+
 
 def metric_title(metric: str, extractor: ExtractorName | None) -> str:
     """Return a metric's label, with the extractor's name if it is not that of published values."""
@@ -36,6 +39,11 @@ def change(before: MetricResult, after: MetricResult) -> str:
         return "n/a"
     times = after.mean / before.mean
     return f"x {times:,.0f}" if times >= 11 else f"{times - 1:+.0%}".replace("%", " %")
+
+
+def image_count(images: int | None) -> str:
+    """Return "8,000 images", or that their number is not known."""
+    return "an unknown number of images" if images is None else f"{images:,} images"
 
 
 def unit(metric: str) -> str:

@@ -19,6 +19,7 @@ from eval.metrics.registry import MetricResult
 from eval.samples import Pairs
 from reports import compare, write
 from reports.data import (
+    ExtractorName,
     File,
     ReferenceName,
 )
@@ -87,6 +88,22 @@ def test_a_page_complains_of_nothing_and_asks_nobody(
     assert tab.run("document.querySelectorAll('svg polyline').length") >= 1
 
 
+def test_on_a_phone_every_value_is_in_sight(tab: Browser, tmp_path: Path) -> None:
+    """A long name of an extractor or a run takes more lines and pushes no value off the page."""
+    extractor = ExtractorName("classifier-of-handwritten-digits-and-letters-32x32-v2", "b" * 64)
+    report = replace(REPORT, extractor=extractor)
+    runs = [tmp_path / f"0000{index}-gan-{extractor.name}" for index in range(2)]
+    pages = [write.write(run / "report", report) for run in runs]
+    pages.append(tmp_path / "comparison.html")
+    paths = [page.with_name("report.json") for page in pages[:2]]
+    write.write_comparison(pages[2], compare.compare([report] * 2, paths, beside=pages[2]))
+    for page in pages:
+        tab.open(page.as_uri(), width=PHONE)
+        right = "Math.max(...[...document.querySelectorAll('.values td')]"
+        assert tab.run(f"{right}.map(cell => cell.getBoundingClientRect().right))") <= PHONE
+        assert tab.run("document.documentElement.scrollWidth") <= PHONE
+
+
 def test_a_complaint_and_a_request_would_be_seen(tab: Browser, tmp_path: Path) -> None:
     """A page that does both is caught."""
     page = tmp_path / "bad.html"
@@ -100,19 +117,32 @@ def test_a_complaint_and_a_request_would_be_seen(tab: Browser, tmp_path: Path) -
 def test_the_slider_uncovers_the_images_after(
     tab: Browser, addresses: dict[str, str], width: int
 ) -> None:
-    """Half of an image is white at first; dragged to the right, most of it; to the left, little."""
+    """Half of an image is white at first; dragged to the left, most of it; to the right, little."""
     tab.open(addresses["report"], width=width)
     assert _white(tab) == pytest.approx(0.5, abs=0.05)
     at = 0.5
-    for share in (0.9, 0.1):
+    for share in (0.1, 0.9):
         slider = tab.place("#cut")
         start, end = (
             (slider["x"] + slider["width"] * part, slider["y"] + slider["height"] / 2)
             for part in (at, share)
         )
         tab.drag(start, end)
-        assert _white(tab) == pytest.approx(share, abs=0.08)
+        assert _white(tab) == pytest.approx(1 - share, abs=0.08)
         at = share
+
+
+def test_the_slider_s_words_stand_on_the_sides_of_the_images(
+    tab: Browser, addresses: dict[str, str]
+) -> None:
+    """The images before (black) are on the side of the word "before", those after on the other."""
+    tab.open(addresses["report"], width=DESK)
+    words = tab.run("[...document.querySelectorAll('.slide label')].map(l => l.textContent)")
+    pixels = tab.picture(".pair").min(axis=2)
+    width = pixels.shape[1]
+    left, right = pixels[:, : width // 3].mean(), pixels[:, -width // 3 :].mean()
+    assert words == ["before", "after"]
+    assert left < 50 and right > 200
 
 
 def _white(tab: Browser) -> float:

@@ -19,7 +19,7 @@ from eval.metrics.registry import MetricResult
 from eval.nearest import Drift
 from eval.samples import Neighbors, Pairs
 from reports import data as reports
-from reports import text, write
+from reports import figures, text, write
 from reports.data import (
     Curve,
     CurvePoint,
@@ -287,7 +287,38 @@ def test_a_curve_that_never_rises_is_drawn(tmp_path: Path, value: float) -> None
     """A distance of nothing, or below it as a KID may be: the page is made."""
     flat = Curve("fid", (CurvePoint(0, value), CurvePoint(100, value)), 5_000)
     report = replace(REPORT, curve=flat, teacher_samples=None, real_halves=None)
-    assert len(_Tags(_page(tmp_path, report)).of("circle")) == 2
+    page = _Tags(_page(tmp_path, report))
+    assert len(page.of("circle")) == 2
+    bottom = float(page.of("svg")[0]["viewbox"].split()[3])
+    assert all(0 < float(dot["cy"]) < bottom for dot in page.of("circle"))
+
+
+def test_the_picture_of_the_curve_has_the_page_s_geometry(tmp_path: Path) -> None:
+    """Each circle of the page is at the same place of curve.png, scaled to its width."""
+    page = _Tags(_page(tmp_path))
+    pixels = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB")).astype(int)
+    blue = (abs(pixels - np.array([0x1F, 0x6F, 0xEB])).sum(axis=2) < 30).nonzero()
+    scale = pixels.shape[1] / float(page.of("svg")[0]["viewbox"].split()[2])
+    first, last = ((float(dot["cx"]), float(dot["cy"])) for dot in page.of("circle"))
+    middle = ((first[0] + last[0]) / 2 * scale, (first[1] + last[1]) / 2 * scale + 72)
+    assert np.hypot(blue[1] - middle[0], blue[0] - middle[1]).min() < 2
+
+
+def test_levels_that_are_close_have_texts_apart() -> None:
+    """Lines stay at their values; the higher value's text is above the other's."""
+    series = [figures.Series("FID", (CurvePoint(0, 24.5), CurvePoint(1000, 15.9)))]
+    low, high = figures.curve_drawing(series, {"teacher": 7.0, "real images": 6.9}).levels
+    assert (low.text, high.text) == ("real images 6.9", "teacher 7")
+    assert 0 < low.y - high.y < 3 and low.text_y - high.text_y >= 18
+
+
+def test_a_run_without_a_curve_has_its_page(tmp_path: Path) -> None:
+    """An empty curve, of no metric, is left out of page and text; levels have nothing to cross."""
+    (tmp_path / "curve.png").write_bytes(b"of another run")
+    page = _Tags(_page(tmp_path, replace(REPORT, curve=Curve())))
+    assert not page.of("svg") and page.open == []
+    assert "curve.png" not in (tmp_path / "report.md").read_text()
+    assert text.levels(replace(REPORT, curve=Curve())) == {}
 
 
 def test_what_stayed_is_said_of_a_student_whose_images_were_all_alike() -> None:
