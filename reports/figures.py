@@ -298,7 +298,8 @@ def curve_picture(drawing: CurveDrawing, *, title: str) -> bytes:
     # levels, then the curve over them
     for level, color in zip(drawing.levels, itertools.cycle(_LEVEL_COLORS), strict=False):
         axes.hlines(level.y, left, right, color=color, linestyle="--", linewidth=1.2)
-        axes.text(drawing.right + 6, level.text_y, level.text, **(text | {"color": color}))
+        colored: dict[str, Any] = text | {"color": color}
+        axes.text(right + 6, level.text_y, level.text, **colored)
     for line in drawing.lines:
         xs, ys = [dot.x for dot in line.dots], [dot.y for dot in line.dots]
         style: dict[str, Any] = {
