@@ -136,7 +136,8 @@ def main(
                 seconds = _median_seconds(results)
                 click.echo(
                     f"| {name} | {kind} | {column} | {seconds * 1e3:.4g} "
-                    f"| {len(latents) / seconds:.3g} | {_peak(results)} | {seconds / base:.2f} | {differences[column]:.1e} |"
+                    f"| {len(latents) / seconds:.3g} | {_peak(results)} "
+                    f"| {seconds / base:.2f} | {differences[column]:.1e} |"
                 )
 
 
