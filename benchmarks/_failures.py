@@ -12,7 +12,7 @@ _LONGEST_REASON = 300
 
 
 class _Rows:
-    """Prints a Markdown table: each test that failed and why, and how many there were at the end."""
+    """Prints a Markdown table: each test that failed and why; at the end how many there were."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config, self._counts = config, dict[str, int]()

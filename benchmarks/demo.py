@@ -32,7 +32,7 @@ def main(settings: tuple[str, ...]) -> None:
         started = time.perf_counter()
         code = subprocess.run(command, cwd=ROOT).returncode
         seconds = time.perf_counter() - started
-        found = sorted(Path(runs).glob("*/report.json"))
+        found = sorted(Path(runs).rglob("report.json"))
         if code or not found:
             raise UserError(f"refine.py ended with exit code {code} and {len(found)} reports")
         report = json.loads(found[0].read_text())

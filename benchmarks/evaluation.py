@@ -81,7 +81,7 @@ def _suite(extractor: str | None, device: str, batch: int) -> suite.Suite:
 
 
 def drawn_inception(folder: Path) -> Path:
-    """Return a file in the folder with weights of Inception v3 that keep the size of activations."""
+    """Return a file of drawn Inception v3 weights, which keep the size of activations."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = folder / "inception.pth"

@@ -17,11 +17,13 @@ Diff-Instruct code, which contains EDM's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import queue
+import shlex
 import shutil
 import signal
 import subprocess
@@ -35,6 +37,7 @@ from typing import NamedTuple, TextIO
 import click
 import torch
 
+from core.commands import one_sentence
 from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +92,7 @@ class Results:
 
     def heading(self, step: Step) -> None:
         """Begin the section of a step."""
-        self._append("gpu.md", f"\n## {name_of(step)}\n\n    python {' '.join(step.words)}\n\n")
+        self._append("gpu.md", f"\n## {name_of(step)}\n\n    python {shlex.join(step.words)}\n\n")
 
     def line(self, text: str) -> None:
         """Add a line of a step's table to the Markdown."""
@@ -103,7 +106,14 @@ class Results:
     def ended(self, step: Step, ending: Ending) -> None:
         """Close the section of a step."""
         self._append("gpu.md", f"\n{ending.outcome}, {ending.seconds:.1f} s\n")
-        self._record({"part": step.part, "case": step.case, **ending._asdict()})
+        self._record(
+            {
+                "part": step.part,
+                "case": step.case,
+                "ended": ending.outcome,
+                "seconds": round(ending.seconds, 1),
+            }
+        )
 
     def log_of(self, step: Step) -> TextIO:
         """Return the file for everything that a step prints, to be closed by the caller."""
@@ -152,6 +162,7 @@ class Table:
 @click.option("--seconds", type=click.FloatRange(1), default=SECONDS, show_default=True)
 @click.option("--device", default="cuda", show_default=True, help="cpu: tiny, to try it out.")
 @click.option("--commit", help="What is measured, where there is no git to tell.")
+@one_sentence(stopped="stopped: the rows so far are written")
 def main(
     out: Path,
     published: Path | None,
@@ -241,10 +252,8 @@ def _read(process: subprocess.Popen[str], arrived: queue.Queue[str | None]) -> N
 
 def _kill(process: subprocess.Popen[str]) -> None:
     """End a process and all that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

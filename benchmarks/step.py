@@ -333,6 +333,8 @@ def _device_rate(task: Task) -> float:
     """
     column, device = COLUMNS.get(task.column), task.device
     dtype = torch.float32 if column is None else DTYPES[column.precision]
+    allows_tf32 = column is not None and column.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allows_tf32
     size = 2048 if device == "cpu" else 8192
     first, second = torch.randn(2, size, size, device=device).to(dtype)
     images = torch.randn(8, 256, 32, 32, device=device).to(dtype, memory_format=torch.channels_last)
