@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -42,6 +43,8 @@ from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 480
+_MARK = "BENCHMARK_STEP"
+"""Environment variable by which the processes of a step are known."""
 PARTS = ("build", "tests", "custom_ops", "generators", "round", "evaluation", "demo")
 SUITE = "suite"
 """A part that runs only where it is named: all tests take longer than all else together."""
@@ -195,13 +198,13 @@ def main(
 
 def run(step: Step, results: Results, *, limit: float) -> Ending:
     """Run a step for at most `limit` seconds; return how it ended."""
-    started = time.monotonic()
+    started, mark = time.monotonic(), f"{_MARK}={uuid.uuid4()}"
     results.heading(step)
     click.echo(f"\n== {name_of(step)}, at most {limit:.0f} s", err=True)
     process = subprocess.Popen(
         [sys.executable, *step.words],
         cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", _MARK: mark.partition("=")[2]},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -223,7 +226,7 @@ def run(step: Step, results: Results, *, limit: float) -> Ending:
                     if table.newest is not None:
                         results.row(step, table.newest)
     finally:
-        _kill(process)
+        _kill(process, mark)
     outcome = f"killed at its limit of {limit:.0f} s" if is_late else _ended(process.returncode)
     ending = Ending(outcome, time.monotonic() - started)
     results.ended(step, ending)
@@ -250,11 +253,17 @@ def _read(process: subprocess.Popen[str], arrived: queue.Queue[str | None]) -> N
     arrived.put(None)
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started."""
+def _kill(process: subprocess.Popen[str], mark: str) -> None:
+    """End a process and all that it started: its group, and what left it for a group of its own,
+    which still has the mark in its environment.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for environment in Path("/proc").glob("[0-9]*/environ"):  # Linux; elsewhere there is none
+        with contextlib.suppress(OSError):
+            if mark.encode() in environment.read_bytes().split(b"\0"):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def _ended(code: int | None) -> str:

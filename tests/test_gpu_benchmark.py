@@ -32,10 +32,11 @@ def rows_of(folder: Path) -> list[dict[str, object]]:
 
 
 def test_a_step_that_hangs_is_killed_with_its_children_and_its_rows_stay(tmp_path: Path) -> None:
-    """It started a process that would outlive it; after the limit neither runs, its row is kept."""
-    program = (
-        f"{_TABLE}; import subprocess as s; p = s.Popen(['sleep', '600']); print(p.pid); p.wait()"
-    )
+    """One of them, in a session of its own, would outlive it; after the limit none runs, and its
+    row is kept.
+    """
+    start = "subprocess.Popen(['sleep', '600'], start_new_session=True)"
+    program = f"{_TABLE}; import subprocess; p = {start}; print(p.pid); p.wait()"
     ending = gpu.run(step(program), gpu.Results(tmp_path), limit=2)
     assert ending.outcome == "killed at its limit of 2 s" and 2 <= ending.seconds < 10
     child = int((tmp_path / "log.txt").read_text().split()[-1])
