@@ -3,12 +3,14 @@
     python -m benchmarks.step                               CIFAR-10's DDPM++, on the CPU
     python -m benchmarks.step --device cuda --batch 128 --shape ffhq-64 --shape imagenet-64
     python -m benchmarks.step --published PATH              beside the official code's step
+    python -m benchmarks.step --published PATH --in-turns   on a machine that is busy
 
 The student is the teacher at one noise level (`--distill`), all weights are drawn. A round holds
-both steps, both optimizers and the moving average. Each column runs in a process of its own, one
-at a time and in turns, so that its peak memory is its own and a busy machine slows all alike; all
-of them are held at once, unless `--alone` says otherwise. The device's rate is measured there too,
-after the rounds.
+both steps, both optimizers and the moving average. Each column runs in a process of its own, so
+that its peak memory is its own, and one is in memory at a time: its row is printed when it has
+been measured. With `--in-turns` all of them are held at once and play their rounds in turns, so
+that a busy machine slows all alike. Speeds are in units of the first row's, which is the official
+code's where it is there. The device's rate is measured too, after the rounds.
 
 PATH is a checkout of the official Diff-Instruct code. Its networks and losses run unmodified, in
 the order and with the settings of its training loop: train mode with dropout, contiguous float32.
@@ -53,8 +55,11 @@ SHAPES = {
     "cifar10": {**_DDPMPP, "img_resolution": 32, "channel_mult": (2, 2, 2), "dropout": 0.13},
     "ffhq-64": {**_DDPMPP, "img_resolution": 64, "dropout": 0.05},
     "imagenet-64": {"img_channels": 3, "img_resolution": 64, "label_dim": 1000},
+    "tiny": {**_DDPMPP, "img_resolution": 8, "model_channels": 16, "channel_mult": (1,)},
 }
-"""The published networks: DDPM++ of 55.7 M and 61.8 M weights, ADM of 295.9 M."""
+"""The published networks: DDPM++ of 55.7 M and 61.8 M weights, ADM of 295.9 M. And a tiny one, to
+try the command out.
+"""
 PUBLISHED = "official code"
 
 
@@ -119,7 +124,7 @@ class Report(NamedTuple):
     type=click.Choice(list(COLUMNS)),
     help="Default: all; on a CPU, the first four.",
 )
-@click.option("--alone", is_flag=True, help="Hold one column in memory at a time: no turns.")
+@click.option("--in-turns", is_flag=True, help="Hold all columns at once, one round each in turns.")
 @click.option("--published", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(
     device: str,
@@ -128,61 +133,68 @@ def main(
     rounds: int,
     threads: int,
     names: tuple[str, ...],
-    alone: bool,
+    in_turns: bool,
     published: Path | None,
 ) -> None:
     """Print the table."""
     usual = FOR_A_CPU if device == "cpu" else COLUMNS
-    columns = [*(names or usual), *([PUBLISHED] if published else [])]
+    columns = [*([PUBLISHED] if published else []), *(names or usual)]
     click.echo(
         "| network | column | s a round | images/s | peak MiB | of device rate "
-        f"| speed, {columns[-1]} = 1 |"
+        f"| speed, {columns[0]} = 1 |"
     )
     click.echo("|---|---|---:|---:|---:|---:|---:|")
+    failures: list[str] = []
     for shape in shapes:
         tasks = [Task(name, SHAPES[shape], batch, device, threads, published) for name in columns]
-        seconds: dict[str, list[float]] = {}
-        reports: list[Report] = []
-        for held in [[task] for task in tasks] if alone else [tasks]:
-            taken, said = _measured(held, rounds=rounds)
-            seconds |= taken
-            reports += said
-        for row in _rows(seconds, reports, batch=batch):
-            click.echo(f"| {shape} {row}")
+        base = None
+        for held in [tasks] if in_turns else [[task] for task in tasks]:
+            try:
+                measured = _measured(held, rounds=rounds)
+            except UserError as error:
+                failures.append(f"{shape}, {error}")
+                continue
+            for task, (seconds, report) in zip(held, measured, strict=True):
+                if task is tasks[0]:
+                    base = statistics.median(seconds)
+                row = _row(task.column, seconds, report, batch=batch, base=base)
+                click.echo(f"| {shape} {row}")
+    if failures:
+        raise UserError("; ".join(failures))
 
 
-def _rows(seconds: dict[str, list[float]], reports: list[Report], *, batch: int) -> Iterator[str]:
-    """Yield a row for each column; speeds are in units of the last one's."""
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    *_, base = medians.values()
-    for (name, median), report in zip(medians.items(), reports, strict=True):
-        peak = "unknown" if report.mebibytes is None else f"{report.mebibytes:.0f}"
-        yield (
-            f"| {name} | {median:.3g} | {batch / median:.3g} | {peak} "
-            f"| {report.flops / median / report.rate:.0%} | {base / median:.2f} |"
-        )
+def _row(name: str, seconds: list[float], report: Report, *, batch: int, base: float | None) -> str:
+    """Return the row of a column, without its network. base: the first column's median seconds."""
+    median = statistics.median(seconds)
+    peak = "unknown" if report.mebibytes is None else f"{report.mebibytes:.0f}"
+    speed = "unknown" if base is None else f"{base / median:.2f}"
+    return (
+        f"| {name} | {median:.3g} | {batch / median:.3g} | {peak} "
+        f"| {report.flops / median / report.rate:.0%} | {speed} |"
+    )
 
 
-def _measured(tasks: list[Task], *, rounds: int) -> tuple[dict[str, list[float]], list[Report]]:
+def _measured(tasks: list[Task], *, rounds: int) -> list[tuple[list[float], Report]]:
     """Return the seconds of each column's rounds, taken in turns, and its report."""
     spawn = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {task.column: [] for task in tasks}
+    seconds: list[list[float]] = [[] for _ in tasks]
     with contextlib.ExitStack() as stack:
         lines = []
         for task in tasks:
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_serve, args=(task, theirs), daemon=True)
             process.start()
-            stack.callback(process.terminate)
+            stack.callback(process.join)  # its memory is free before the next one starts
+            stack.callback(process.kill)
             theirs.close()
             lines.append(ours)
         for line, task in zip(lines, tasks, strict=True):
             _asked(line, "warm up", task)
         for _ in range(rounds):
-            for line, task in zip(lines, tasks, strict=True):
-                seconds[task.column].append(_asked(line, "round", task))
+            for line, task, taken in zip(lines, tasks, seconds, strict=True):
+                taken.append(_asked(line, "round", task))
         reports = [_asked(line, "report", task) for line, task in zip(lines, tasks, strict=True)]
-    return seconds, reports
+    return list(zip(seconds, reports, strict=True))
 
 
 def _asked(line: Connection, request: str, task: Task):
@@ -324,12 +336,15 @@ def _device_rate(task: Task) -> float:
     """
     column, device = COLUMNS.get(task.column), task.device
     dtype = torch.float32 if column is None else DTYPES[column.precision]
-    first, second = torch.randn(2, 2048, 2048, device=device).to(dtype)
+    allows_tf32 = column is not None and column.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allows_tf32
+    size = 2048 if device == "cpu" else 8192
+    first, second = torch.randn(2, size, size, device=device).to(dtype)
     images = torch.randn(8, 256, 32, 32, device=device).to(dtype, memory_format=torch.channels_last)
     kernel = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
     product = _at_best(lambda: torch.mm(first, second), device)
     convolution = _at_best(lambda: torch.conv2d(images, kernel, padding=1), device)
-    return max(2 * 2048**3 / product, 2 * images.numel() * kernel[:, 0].numel() / convolution)
+    return max(2 * size**3 / product, 2 * images.numel() * kernel[:, 0].numel() / convolution)
 
 
 def _at_best(run: Callable[[], object], device: str) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.utils import cpp_extension
 
 from benchmarks import step
 from benchmarks._published import on_path
@@ -43,14 +46,24 @@ def test_a_round_is_played_and_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert speed == "1.00"
 
 
-def test_speeds_are_in_units_of_the_last_column() -> None:
+def test_speeds_are_in_units_of_the_first_column() -> None:
     """Medians count, so one slow round of four does not; share is of the column's own rate."""
-    seconds = {"ours": [1.0, 50.0, 1.0, 1.0], "official code": [3.0, 3.0, 3.0, 2.0]}
-    reports = [step.Report(100.4, 5e9, 1e10), step.Report(None, 6e9, 8e9)]
-    assert list(step._rows(seconds, reports, batch=8)) == [
-        "| ours | 1 | 8 | 100 | 50% | 3.00 |",
-        "| official code | 3 | 2.67 | unknown | 25% | 1.00 |",
-    ]
+    ours, official = step.Report(100.4, 5e9, 1e10), step.Report(None, 6e9, 8e9)
+    row = step._row("ours", [1.0, 50.0, 1.0, 1.0], ours, batch=8, base=3.0)
+    assert row == "| ours | 1 | 8 | 100 | 50% | 3.00 |"
+    row = step._row("official code", [3.0, 3.0, 3.0, 2.0], official, batch=8, base=None)
+    assert row == "| official code | 3 | 2.67 | unknown | 25% | unknown |"
+
+
+def test_a_column_that_fails_leaves_the_others_their_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The official code cannot be imported: ours is measured all the same, and the end says so."""
+    monkeypatch.setitem(step.SHAPES, "cifar10", TINY)
+    words = ["--column", "float32", "--rounds", "1", "--batch", "2", "--published", str(tmp_path)]
+    result = CliRunner().invoke(step.main, words)
+    assert isinstance(result.exception, UserError) and "official code" in str(result.exception)
+    assert [line.split(" | ")[1] for line in result.output.splitlines()[2:]] == ["float32"]
 
 
 def test_published_code_shares_the_name_of_a_folder_of_ours(tmp_path: Path) -> None:
@@ -75,3 +88,17 @@ def _write(checkout: Path, module: str, source: str) -> None:
     (checkout / "training").mkdir()
     (checkout / "training" / "__init__.py").touch()
     (checkout / "training" / f"{module}.py").write_text(source)
+
+
+def test_a_plugin_that_was_loaded_can_be_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The published code imports by name what `cpp_extension.load` returned."""
+    plugin = ModuleType("a_plugin_of_theirs")
+    monkeypatch.setattr(cpp_extension, "load", lambda name, sources: plugin)
+    monkeypatch.delitem(sys.modules, plugin.__name__, raising=False)
+    with on_path(tmp_path), on_path(tmp_path):
+        pass
+    assert cpp_extension.load(name=plugin.__name__, sources=[]) is plugin
+    assert importlib.import_module(plugin.__name__) is plugin
+    del sys.modules[plugin.__name__]
