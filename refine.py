@@ -5,11 +5,11 @@
     torchrun --nproc_per_node=8 refine.py --gan …             the same on many GPUs
     python refine.py --distill                                a one-step generator of the teacher
     python refine.py --teach configs/teach/small32.yaml objective.images=mine.zip   a teacher
-    python refine.py --resume runs/00000-mnist32              go on where a run stopped
-    python refine.py --report runs/00000-mnist32              make its report again
-    python refine.py --list                                   the runs, and how far each is
+    python refine.py --resume runs/00000-mnist32              resume a run
+    python refine.py --report runs/00000-mnist32              rebuild its report
+    python refine.py --list                                   the runs, their state and metric
 
-This file reads the recipe, wires the parts and runs them; what they do stands in their folders.
+This file parses the command line and prints; refinement/ does the work.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import click
 
+import teachers
 from core import config, distributed
 from core.cli import report_user_errors, set_up_logging
 from core.disk import atomic_write
 from core.distributed import World
-from core.downloads import cache_path
 from core.errors import UserError
+from core.file import File
 from core.precision import allow_tf32
 from core.run_folder import RunFolder
 from eval import features
-from refinement.components import SAMPLED, found, load_parts
+from refinement.components import Components, load_components
 from refinement.job_restart import begun_run, note_job
 from refinement.pipeline import finish, train
 from refinement.recipe import Recipe, read_recipe
@@ -45,6 +46,7 @@ from refinement.run import Run, log_session, open_run
 from refinement.runs_table import table as listed_runs
 from refinement.signals import ending_at_once, leave, run_as_process
 from reports import text
+from reports.data import Report
 from training import checkpoint, tensorboard, trainer
 
 ROOT = Path(__file__).resolve().parent
@@ -68,16 +70,15 @@ _log = logging.getLogger("refine")
     "--distill", is_flag=True, help="Distil a teacher to one step: the embedded one, or RECIPE."
 )
 @click.option("--teach", is_flag=True, help="Train a teacher on your own images: RECIPE.")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Resume a run.")
 @click.option(
     "--report",
-    "again",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="Make a run's report again.",
+    help="Rebuild a run's report.",
 )
 @click.option(
-    "--list", "listing", is_flag=True, help="Show the runs, their state and how good they are."
+    "--list", "listing", is_flag=True, help="List the runs with state, progress and metric."
 )
 @click.option(
     "--outdir",
@@ -95,7 +96,7 @@ def main(
     distill: bool,
     teach: bool,
     resume: Path | None,
-    again: Path | None,
+    report: Path | None,
     listing: bool,
     outdir: Path,
     dry_run: bool,
@@ -117,11 +118,11 @@ def main(
     torchrun --nproc_per_node=8 refine.py --gan RECIPE.yaml
         the same on eight GPUs
     python refine.py --resume runs/00000-NAME
-        goes on where a run was stopped
+        resumes a run that was stopped
     python refine.py --list
-        shows the runs, how far each is, and how good
+        lists the runs with state, progress and metric
 
-    Each run has a folder of its own: the resolved recipe, readings, checkpoints, samples, the
+    Each run has a folder of its own: the resolved recipe, its log, checkpoints, samples, the
     refined weights (student.safetensors) and the report. The shipped recipes in configs/ explain
     every setting.
 
@@ -134,33 +135,101 @@ def main(
     if listing:
         click.echo(listed_runs(outdir))
         return
+
+    # exactly one mode, or one earlier run
     asked = {"gan": gan, "distill": distill, "teach": teach}
     modes = [mode for mode, wanted in asked.items() if wanted]
-    earlier = [run for run in (resume, again) if run is not None]
+    earlier = [run for run in (resume, report) if run is not None]
     if len(modes) + len(earlier) != 1:
         raise UserError(
             "give one of --gan, --distill, --teach, --resume RUN and --report RUN; "
             "--help explains them"
         )
-    if earlier:
-        if arguments:
-            raise UserError(
-                f"{arguments[0]!r}: a run keeps its recipe; --resume and --report take no other"
-            )
-        folder = RunFolder.open_existing(earlier[0])
-        recipe = read_recipe(folder.recipe)
-    else:
-        folder = None
-        recipe = _recipe_of(modes[0], arguments)
+    if earlier and arguments:
+        raise UserError(
+            f"{arguments[0]!r}: a run keeps its recipe; --resume and --report take no other"
+        )
+
+    # its recipe, then the work
+    recipe = _recipe_of(modes[0], arguments) if modes else _recipe_in(earlier[0])
     if dry_run:
         click.echo(_plan(recipe))
-        return
+    elif resume is not None:
+        resume_run(recipe, RunFolder.open_existing(resume))
+    elif report is not None:
+        rebuild_report(recipe, RunFolder.open_existing(report))
+    else:
+        run_recipe(recipe, outdir)
+
+
+def run_recipe(recipe: Recipe, outdir: Path) -> None:
+    """Run a recipe in a folder of its own, or go on with the one that this job began."""
+    with _environment(recipe) as world:
+        components = _load(recipe, world)
+        folder = distributed.broadcast_from_main(_folder_of_job(recipe, outdir, world), world)
+        assert folder is not None, "rank 0 has one"
+        _train_and_report(recipe, components, folder, world)
+
+
+def resume_run(recipe: Recipe, folder: RunFolder) -> None:
+    """Train a run to its end from its newest checkpoint, and write its report."""
     try:
-        _work(recipe, folder, outdir=outdir, training=again is None)
+        with _environment(recipe) as world:
+            _train_and_report(recipe, _load(recipe, world), folder, world)
     except KeyboardInterrupt:
-        if folder is None or resume is None:
-            raise
         leave(f"stopped; {_go_on(folder)}")
+
+
+def rebuild_report(recipe: Recipe, folder: RunFolder) -> None:
+    """Write the report of a run as it stands, with its weights; nothing is trained."""
+    with _environment(recipe) as world, _exclusive(folder, world):
+        run = open_run(recipe, load_components(recipe, world), folder, world)
+        with _telling_what_is_saved(run):
+            _print_report(run, finish(run))
+
+
+def _train_and_report(
+    recipe: Recipe, components: Components, folder: RunFolder, world: World
+) -> None:
+    with _exclusive(folder, world):
+        run = open_run(recipe, components, folder, world)
+        with _telling_what_is_saved(run):
+            train(run)
+            _print_report(run, finish(run))
+
+
+@contextmanager
+def _environment(recipe: Recipe) -> Iterator[World]:
+    """Yield the ranks of the recipe's device, with logging set up and float32 kept exact."""
+    with (
+        ending_at_once(),
+        allow_tf32(False),  # evaluations are float32, on a GPU too
+        distributed.process_group(recipe.device) as world,
+    ):
+        set_up_logging(world)
+        yield world
+
+
+def _load(recipe: Recipe, world: World) -> Components:
+    """Return the components of a recipe that is going to be trained."""
+    if recipe.training.tensorboard:
+        tensorboard.require_package()
+    return load_components(recipe, world)
+
+
+def _exclusive(folder: RunFolder, world: World) -> AbstractContextManager[None]:
+    """Hold the run's folder, on rank 0 for all."""
+    return folder.exclusive() if world.is_main else nullcontext()
+
+
+def _print_report(run: Run, report: Report) -> None:
+    if run.world.is_main:
+        click.echo(f"\n{text.summary(report)}\n\nreport: {run.folder.report / 'report.html'}")
+
+
+def _recipe_in(run: Path) -> Recipe:
+    """Return the recipe of an earlier run. Raises UserError if there is no such run."""
+    return read_recipe(RunFolder.open_existing(run).recipe)
 
 
 def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
@@ -171,13 +240,19 @@ def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
             f"got two recipes, {files[0]} and {files[1]}: expected one, "
             "then settings of the form key.path=value"
         )
+
+    # a file, or the mode's own recipe
     overrides = [argument for argument in arguments if "=" in argument]
     if not files and mode not in EMBEDDED:
         shipped = sorted(
             str(path.relative_to(ROOT)) for path in ROOT.glob(f"configs/{mode}/*.yaml")
         )
         raise UserError(f"--{mode} needs a recipe; begin with one of {', '.join(shipped)}")
-    recipe = read_recipe(Path(found(files[0])) if files else EMBEDDED[mode], overrides)
+
+    # the mode must be that of its student
+    recipe = read_recipe(
+        Path(teachers.resolve(files[0]).location) if files else EMBEDDED[mode], overrides
+    )
     if recipe.mode != mode:
         raise UserError(
             f"the student of this recipe is {_STUDENTS[recipe.mode]}: run it with --{recipe.mode}"
@@ -185,35 +260,12 @@ def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _work(recipe: Recipe, folder: RunFolder | None, *, outdir: Path, training: bool) -> None:
-    """Do a run, new (folder None) or begun, or only its report."""
-    with (
-        ending_at_once(),
-        allow_tf32(False),  # what is measured is float32, on a GPU too
-        distributed.process_group(recipe.device) as world,
-    ):
-        set_up_logging(world)
-        if training and recipe.training.tensorboard:
-            tensorboard.require_package()
-        parts = load_parts(recipe, world)
-        if folder is None:
-            folder = distributed.broadcast_from_main(_folder_of_job(recipe, outdir, world), world)
-        with folder.exclusive() if world.is_main else nullcontext():
-            run = open_run(recipe, parts, folder, world)
-            with _saying_what_is_saved(run):
-                if training:
-                    train(run)
-                made = finish(run)
-        if world.is_main:
-            click.echo(f"\n{text.summary(made)}\n\nreport: {run.folder.report / 'report.html'}")
-
-
 @contextmanager
-def _saying_what_is_saved(run: Run) -> Iterator[None]:
-    """Run the body; what stops it also says how far the run is saved, and what to do with that.
+def _telling_what_is_saved(run: Run) -> Iterator[None]:
+    """Run the body; a stop or an error also tells how far the run is saved, and how to go on.
 
-    A request to stop reaches all processes, of which the main one speaks; of an error that reaches
-    all, core.distributed lets the first speak.
+    A request to stop reaches all ranks, of which rank 0 prints; of an error on all ranks,
+    core.distributed prints the first.
     """
     try:
         yield
@@ -260,28 +312,25 @@ def _folder_of_job(recipe: Recipe, outdir: Path, world: World) -> RunFolder | No
 
 
 def _plan(recipe: Recipe) -> str:
-    """Return the resolved recipe, and where each file that it needs is."""
-    reference, made = recipe.evaluation.reference, recipe.evaluation.teacher
-    extractor = features.weights_of(recipe.evaluation.extractor)
-    sources = {
-        "student": recipe.student.weights,
-        "teacher": recipe.teacher and recipe.teacher.weights,
-        "images": getattr(recipe.objective, "images", None),
-        "reference": None if reference == "teacher" else reference,
-        "teacher's samples": None if made == SAMPLED else made,
-        "extractor": None if reference is None else extractor,
+    """Return the resolved recipe, and the state of each file that it needs."""
+    files = {
+        "student": recipe.files.student,
+        "teacher": recipe.files.teacher,
+        "images": recipe.files.images,
+        "reference": recipe.files.reference,
+        "teacher's samples": recipe.files.teacher_samples,
+        "extractor": _extractor_file(recipe),
     }
-    lines = [f"# {name}: {_whereabouts(source)}" for name, source in sources.items() if source]
+    lines = [f"# {name}: {file.status}" for name, file in files.items() if file is not None]
     return "\n".join([config.to_yaml(recipe), "# would be loaded:", *lines])
 
 
-def _whereabouts(source: str) -> str:
-    source = found(source)
-    if source.startswith(("http://", "https://")):
-        kept = cache_path(source)
-        return f"{source}, {'kept at' if kept.exists() else 'to be downloaded to'} {kept}"
-    path = Path(source)
-    return f"{path} ({path.stat().st_size:,} bytes)" if path.exists() else f"{path} (MISSING)"
+def _extractor_file(recipe: Recipe) -> File | None:
+    """Return the weights file of the extractor, if it has one and anything is compared."""
+    weights = features.weights_of(recipe.evaluation.extractor)
+    if recipe.evaluation.reference is None or not weights:
+        return None
+    return teachers.resolve(str(weights))
 
 
 def _write_schema() -> None:

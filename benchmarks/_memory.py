@@ -10,7 +10,7 @@ import torch
 
 
 def reset_peak(device: torch.device) -> float | None:
-    """Forget the peak so far; return the MiB in use, None where the system does not tell."""
+    """Forget the peak so far; return the MiB in use, None if the system does not tell."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

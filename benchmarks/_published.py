@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from core.errors import UserError
 
@@ -15,7 +16,7 @@ def on_path(checkout: Path) -> Iterator[None]:
     """Let the checkout's packages be imported in the body.
 
     One of them is named `training`, as one of ours: ours steps aside meanwhile. Raises UserError
-    where an import fails.
+    if an import fails.
     """
     hidden = _taken_out()
     sys.path.insert(0, str(checkout.resolve()))
@@ -29,6 +30,6 @@ def on_path(checkout: Path) -> Iterator[None]:
         sys.modules.update(hidden)
 
 
-def _taken_out() -> dict[str, object]:
+def _taken_out() -> dict[str, ModuleType]:
     names = [name for name in sys.modules if name.partition(".")[0] == "training"]
     return {name: sys.modules.pop(name) for name in names}

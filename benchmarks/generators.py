@@ -60,11 +60,11 @@ CASES = {
 
 
 class Run(NamedTuple):
-    """What one run took."""
+    """Time and memory of one run."""
 
     seconds: float
     mebibytes: float | None
-    """Peak above what was in use before; None where the system does not tell."""
+    """Peak above the memory in use before; None if the system does not tell."""
 
 
 @click.command()
@@ -101,12 +101,16 @@ def main(
         "| generator | pass | column | images/s | peak MiB | time, native = 1 | difference |"
     )
     click.echo("|---|---|---|---:|---:|---:|---:|")
+
+    # one case after the other
     for name in names or CASES:
         case = CASES[name]
         torch.manual_seed(0)
         latents = torch.randn(batch or case.batch, 512, device=device)
         columns = _columns(case, device, precisions, published)
         differences = _differences(columns, latents)
+
+        # a row for each pass and column
         for kind in passes or PASSES:
             found = _measured(columns, latents, backward=kind == PASSES[1], runs=runs)
             base = _median_seconds(found["native"])
@@ -193,7 +197,7 @@ def _measured(
 
 
 def _run(network: Network, latents: Tensor, *, backward: bool) -> Run:
-    """Return what one pass took; gradients are of the weights, and accumulate."""
+    """Return time and memory of one pass; gradients are of the weights, and accumulate."""
     before = reset_peak(latents.device)
     started = time.perf_counter()
     with torch.set_grad_enabled(backward):

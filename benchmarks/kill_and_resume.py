@@ -57,10 +57,10 @@ _LOOK_SECONDS = 0.0002
 
 @dataclass
 class Tally:
-    """What happened."""
+    """Counts of kills and of ends."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    """Where the run was -> how often it was killed there."""
+    """Point of the run -> number of kills there."""
     ranks: Counter[int] = field(default_factory=Counter)
     damaged: int = 0
     """Checkpoints under their final name that were not whole after a kill."""
@@ -79,7 +79,7 @@ class Kill(NamedTuple):
 
 
 class _Left(NamedTuple):
-    """What lies in a run's checkpoints."""
+    """State of a run's checkpoints."""
 
     images_saved: int
     partials: frozenset[Path]
@@ -87,7 +87,7 @@ class _Left(NamedTuple):
 
     @classmethod
     def of(cls, outdir: Path) -> _Left:
-        """Return it, also where there is no run yet."""
+        """Return it, also if there is no run yet."""
         counts = [int(path.stem) for path in outdir.glob("*/checkpoints/*.pt")]
         return cls(max(counts, default=0), frozenset(outdir.glob("*/checkpoints/.*.partial")))
 
@@ -123,6 +123,8 @@ def _until_its_end(
         share = draw.uniform(0.3 if waits_for_writing else 0.0, 0.7)  # a resumed run has less to do
         at = time.monotonic() + share * seconds
         before = _Left.of(outdir)
+
+        # run until the moment of the kill
         with _running(outdir, ranks) as process:
             while time.monotonic() < at and process.poll() is None:
                 time.sleep(0.01)
@@ -132,6 +134,8 @@ def _until_its_end(
         if kill is None:
             _check(process, outdir)
             return _folder(outdir)
+
+        # count the kill, and the files that it left
         tally.ranks[kill.rank] += 1
         tally.slowest_end = max(tally.slowest_end, kill.seconds_to_end)
         tally.kills[place := _place(outdir, before)] += 1
@@ -234,7 +238,7 @@ def _begun(outdir: Path, before: _Left) -> bool:
 
 
 def _place(outdir: Path, before: _Left) -> str:
-    """Return where a run was that has just been killed, by what it left."""
+    """Return the point at which a run was killed, from the files that it left."""
     if not any(outdir.glob("*/recipe.yaml")):
         return "before there was a run"
     if _begun(outdir, before):
@@ -252,7 +256,7 @@ def _damaged(outdir: Path) -> int:
 
 
 def _difference(run: RunFolder, expected: RunFolder) -> str:
-    """Return what differs between the ends of two runs."""
+    """Return the difference between the ends of two runs."""
     if run.student.read_bytes() != expected.student.read_bytes():
         return "other weights"
     return "same" if _curve(run) == _curve(expected) else "same weights, another curve"

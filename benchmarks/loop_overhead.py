@@ -1,4 +1,4 @@
-"""What a round costs beside the networks: the share of the loop itself, and where it goes.
+"""Share of an iteration that the loop itself takes, by part.
 
     python -m benchmarks.loop_overhead                      CIFAR-10's DDPM++, on the CPU
     python -m benchmarks.loop_overhead --device cuda --batch 128 --column "bfloat16, shared batch"
@@ -7,7 +7,7 @@
 forward passes, backward passes and the optimizers are timed as they are called; what is left of the
 time from one round's end to the next is the loop's: draws, noise and losses, gradient norms and
 their check, the moving average, readings. On a GPU the device is waited for around each part, so
-that its work counts where it was asked for.
+that its work counts if it was asked for.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ _EAGER = [name for name, column in COLUMNS.items() if column.compile is None]
 
 
 class Stopwatch:
-    """Seconds by part; what is timed within another part is the outer one's."""
+    """Seconds by part; a part timed within another counts for the outer one."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self._is_running = device, Counter[str](), False
+        self.device, self._is_running = device, False
+        self.seconds: Counter[str] = Counter()
 
     def now(self) -> float:
-        """Return the time once the device has done what it was asked to."""
+        """Return the time after synchronizing the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -62,7 +63,7 @@ class Stopwatch:
             try:
                 return function(*args, **options)
             finally:
-                self.seconds[part] += self.now() - started
+                self.seconds[part] += self.now() - started  # pyright: ignore[reportArgumentType]
                 self._is_running = False
 
         return timed
@@ -134,6 +135,8 @@ def _timed(state: trainer.TrainState, watch: Stopwatch) -> Iterator[None]:
         mock.patch.object(each, "step", watch.around("optimizer", each.step))
         for each in state.optimizers.values()
     ]
+
+    # parts of the loop and of autograd
     patches += [
         mock.patch.object(owner, name, watch.around(part, getattr(owner, name)))
         for owner, name, part in (
@@ -145,6 +148,8 @@ def _timed(state: trainer.TrainState, watch: Stopwatch) -> Iterator[None]:
             (step, "update_ema", "moving average"),
         )
     ]
+
+    # time them within the body
     for patch in patches:
         patch.start()
     try:

@@ -33,14 +33,14 @@ _SEED = 2020
 
 
 class Pair(NamedTuple):
-    """A metric twice: what computes its value, ours and torch-fidelity's."""
+    """A metric twice: our computation and torch-fidelity's."""
 
     ours: Callable[[], float]
     theirs: Callable[[], float]
 
 
 class Row(NamedTuple):
-    """What was found out about one case."""
+    """Results of one case."""
 
     name: str
     ours_seconds: float
@@ -63,7 +63,7 @@ def features(images: int, dimensions: int, *, seed: int) -> Tensor:
 def trace(dimensions: int) -> Pair:
     """Return the trace of the Fréchet distance: of the root of a product of covariances.
 
-    Both are timed on the whole distance, of which it is nearly all; the trace is what is compared.
+    Both are timed on the whole distance, of which the trace takes nearly all; traces are compared.
     """
     made = FeatureStatistics.of(features(GENERATED, dimensions, seed=1))
     real = FeatureStatistics.of(features(REAL, dimensions, seed=2))
@@ -121,7 +121,7 @@ CASES: dict[str, Callable[[], Pair]] = {
     "precision + recall 64": lambda: precision(64),
     "precision + recall 2048": lambda: precision(2048),
 }
-"""Metric and number of features -> what is compared."""
+"""Metric and number of features -> the two computations."""
 
 
 @click.command()

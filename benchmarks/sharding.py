@@ -1,10 +1,10 @@
-"""What `training.shard` saves of each process's memory, and what it costs of its time.
+"""Memory that `training.shard` saves in each process, and time that it costs.
 
     python -m benchmarks.sharding                           CIFAR-10's DDPM++ on the CPU
     python -m benchmarks.sharding --device cuda --ranks 8 --shape imagenet-64
 
 Each setting plays rounds of `--distill` (weights drawn, a batch of one image a process) in new
-processes, one setting after the other. Memory is rank 0's, above what it had with its libraries
+processes, one setting after the other. Memory is rank 0's, above its memory with libraries
 loaded: between rounds (weights, gradients, moments of Adam), and at most while a round is played.
 """
 
@@ -23,7 +23,7 @@ from benchmarks.step import SHAPES, state_of
 from core import distributed
 from core.distributed import World
 from objectives import diff_instruct
-from training import fsdp
+from training import fsdp, step
 from training.config import Config
 
 SETTINGS = ("", "score", "score,teacher", "score,teacher,student")
@@ -56,23 +56,25 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
         before = _held(world)
         state = state_of(SHAPES[shape], str(world.device), shard=names, world=world)
         config = Config.model_validate({"batch_size": world.size, "shard": names})
-        trained, seconds = rounds.wrap_for_ranks(state.networks, state, world), []
+        trained, seconds = step.wrap_for_ranks(state.networks, state, world), []
         objective = diff_instruct.build(diff_instruct.Config())
         teachers = [state.networks.teacher] if "teacher" in names else []
+
+        # run, timed, and read the memory
         with fsdp.sharded(teachers, world):
             _held(world)
             for _ in range(rounds):
                 started = time.perf_counter()
                 list(
-                    rounds.training_iteration(
-                        state, objective, config, trained=trained, world=world
-                    )
+                    step.training_iteration(state, objective, config, trained=trained, world=world)
                 )
                 if world.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
             peak = (in_use(world.device, peak=True) or 0) - before
             held = _held(world) - before
+
+        # one row of the table
         if world.is_main:
             row = f"| {', '.join(names) or 'none'} | {held:.0f} | {peak:.0f} "
             click.echo(f"{row}| {statistics.median(seconds[1:]):.3g} |")

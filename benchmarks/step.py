@@ -12,8 +12,8 @@ after the rounds.
 
 PATH is a checkout of the official Diff-Instruct code. Its networks and losses run unmodified, in
 the order and with the settings of its training loop: train mode with dropout, contiguous float32.
-Augmentation and what serves several GPUs are left out, which spares it time. It saves the state of
-CUDA's random numbers in between, in whose place it is given the CPU's where there is no CUDA.
+Augmentation and the code for several GPUs are left out, which spares it time. It saves the state of
+CUDA's random numbers in between, in whose place it is given the CPU's if there is no CUDA.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import click
 import torch
@@ -82,7 +82,7 @@ FOR_A_CPU = tuple(COLUMNS)[:4]
 
 
 class Task(NamedTuple):
-    """What a process is to run."""
+    """Task of a process."""
 
     column: str
     network: dict[str, object]
@@ -94,7 +94,7 @@ class Task(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a process found out about its rounds."""
+    """Measurements of a process."""
 
     mebibytes: float | None
     """Peak of the process, or of the GPU's memory in use."""
@@ -216,7 +216,7 @@ def _serve(task: Task, line: Connection) -> None:
 
 @contextlib.contextmanager
 def _ours(task: Task) -> Iterator[Callable[[], object]]:
-    """Yield what plays one round of ours."""
+    """Yield a function that runs one iteration of ours."""
     device, column = torch.device(task.device), COLUMNS[task.column]
     state = state_of(task.network, task.device)
     config = Config(batch_size=task.batch, precision=column.precision, compile=column.compile)
@@ -238,7 +238,7 @@ def state_of(
     """Return the start of `--distill`: teacher, score and student of one shape, weights drawn."""
     torch.manual_seed(0)
     teacher = edm.build(edm.Config.model_validate(network))
-    teacher = teacher.to(device, memory_format=torch.channels_last)
+    teacher = teacher.to(device).to(memory_format=torch.channels_last)
     student = one_step_edm.from_teacher(teacher, one_step_edm.Config())
     config = Config()
     return training_state.start(
@@ -252,7 +252,7 @@ def state_of(
 
 
 def _official(task: Task) -> Callable[[], object]:
-    """Return what plays one round of the official code: its networks and losses, in its order."""
+    """Return a function that runs one iteration of the official code, in its order."""
     assert task.published is not None
     with on_path(task.published):
         from training.di_loss import DI_EDMLoss  # pyright: ignore
@@ -264,7 +264,10 @@ def _official(task: Task) -> Callable[[], object]:
         )
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
     shape = dict(task.network)
-    classes, resolution = shape.pop("label_dim", 0), shape.pop("img_resolution")
+    classes, resolution = (
+        cast(int, shape.pop("label_dim", 0)),
+        cast(int, shape.pop("img_resolution")),
+    )
     torch.manual_seed(0)
     net = EDMPrecond(resolution, shape.pop("img_channels"), label_dim=classes, **shape)
     net = net.to(task.device).eval().requires_grad_(False)

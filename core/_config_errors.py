@@ -1,8 +1,8 @@
-"""Sentences about a recipe that does not fit its model: where, what came, what was expected.
+"""Errors of a recipe that does not fit its model: key, value and expectation in a sentence.
 
 pydantic reports a location among its own validators (with the chosen member of a union as a step)
 and a message per validator. Here both are told in the words of the recipe: the dotted path that the
-user wrote, and what the field's annotation accepts.
+user wrote, and the values that the field's annotation accepts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest known name, or nothing where none is near."""
+    """Return "; did you mean 'x'?" for the nearest known name, or nothing if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -67,13 +67,13 @@ def error_lines(model_class: type[BaseModel], failure: ValidationError) -> list[
 class _Place(NamedTuple):
     path: str
     accepts: object
-    """The annotation found there; object where the key is unknown."""
+    """Annotation of that place; object if the key is unknown."""
     owner: type[BaseModel]
     """The innermost section on the way."""
 
 
 def _place(model_class: type[BaseModel], location: Sequence[str | int]) -> _Place:
-    """Return where a pydantic location lies in the recipe, without the labels of union members."""
+    """Return the place of a pydantic location in the recipe, without labels of union members."""
     path, owner = "", model_class
     here: object = model_class
     for step in location:
@@ -137,7 +137,7 @@ def _is_opened(path: str, paths: Iterable[str]) -> bool:
 
 
 def _explained(place: _Place, error: ErrorDetails) -> tuple[str, str]:
-    """Return the path an error belongs to and the sentence that says what to do there."""
+    """Return the path of an error and the sentence that names the remedy."""
     context = error.get("ctx", {})
     known = list(place.owner.model_fields)
     match error["type"]:
@@ -159,6 +159,8 @@ def _explained(place: _Place, error: ErrorDetails) -> tuple[str, str]:
             near = did_you_mean(str(error["input"]), names)
         case _:
             near = ""
+
+    # any other value of a wrong type or range
     wanted = _wanted(place.accepts)
     sentence = f"expected {wanted}" if wanted else error["msg"]
     return place.path, f"got {shown(error['input'])}, {sentence}{near}"
@@ -194,7 +196,7 @@ _WORDS: dict[object, str] = {
 
 
 def _wanted(annotation: object) -> str:
-    """Return what an annotation accepts, in words, or nothing where there are no words for it."""
+    """Return the values that an annotation accepts, in words; empty for those without words."""
     if get_origin(annotation) is Annotated:
         inner, *extras = get_args(annotation)
         _, discriminator = _bare(annotation)

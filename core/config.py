@@ -1,11 +1,12 @@
 """Recipes: YAML and overrides in, frozen models out; every error names the key and the fix.
 
-A YAML scalar stays the text that was written, and the *field's* type decides what it means. So
-`1e-4` is a number where a number is wanted (YAML 1.1 alone says text), and a student named `no`
+A YAML scalar stays the text that was written, and the *field's* type decides its meaning. So
+`1e-4` is a number in a numeric field (YAML 1.1 alone says text), and a student named `no`
 keeps its name (YAML 1.1 says false). Only an unquoted `null`, `~` or nothing is null. One limit
 follows: a field must not be a union of free text and a number.
 
-The models live beside what they configure. Left out: environment variables, includes, references.
+Each model lives in the file of the code that it configures. Left out: environment variables,
+includes, references.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_texts(cls, data: object) -> object:
-        """Return the fields with their texts read where pydantic alone would not know how."""
+        """Return the fields, with texts parsed that pydantic alone cannot parse."""
         if not isinstance(data, dict):
             return data
         fields = cls.model_fields
@@ -197,7 +198,7 @@ _WHOLE_WITH_EXPONENT = re.compile(r"[+-]?\d[\d_]*(\.\d*)?[eE]\+?\d{1,2}")
 
 
 def _meant(value: object, annotation: object) -> object:
-    """Return what a value means for a field: {}, a choice, a whole number, or itself."""
+    """Return the value of a text in a field: {}, a choice, a whole number, or itself."""
     if value is None and is_model(annotation):
         return {}  # `training:` with nothing below it
     return _meant_text(value, set(leaves(annotation)))
@@ -233,7 +234,7 @@ def _section_lines(section: BaseModel) -> Iterator[str]:
 
 
 def _entry_lines(key: str, value: object) -> Iterator[str]:
-    """Yield `key: value` on one line, or the key and what is below it, indented."""
+    """Yield `key: value` on one line, or the key and the lines below it, indented."""
     below = _block_lines(value)
     if below:
         yield f"{_scalar(key)}:"
@@ -243,7 +244,7 @@ def _entry_lines(key: str, value: object) -> Iterator[str]:
 
 
 def _block_lines(value: object) -> list[str]:
-    """Return the lines of a section or of a list that holds one; none for what fits on a line."""
+    """Return the lines of a section or of a list that holds one; none if it fits on one line."""
     if isinstance(value, BaseModel):
         return list(_section_lines(value))
     if isinstance(value, Mapping):
@@ -272,7 +273,7 @@ def _inline(value: object) -> str:
 
 
 def _scalar(text: str) -> str:
-    """Return a text as a YAML scalar, quoted where a reader might take it for something else."""
+    """Return a text as a YAML scalar, quoted if a reader might take it for something else."""
     if _PLAIN.fullmatch(text) and not text.endswith(".") and yaml.safe_load(text) == text:
         return text
     quoted = yaml.safe_dump(text, default_style='"', width=2**31, allow_unicode=True)

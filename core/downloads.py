@@ -33,9 +33,9 @@ _CHUNK_BYTES = 1 << 20
 
 
 def local_file(source: str | Path, *, sha256: str | None = None) -> Path:
-    """Return the path of a file that exists here, downloaded to the cache first where it is a URL.
+    """Return the path of a file that exists here, downloaded to the cache first if it is a URL.
 
-    sha256: what it must hash to, in hexadecimal. Raises UserError where the file is missing,
+    sha256: expected SHA-256 in hexadecimal. Raises UserError if the file is missing,
     cannot be downloaded, or hashes to something else; a download is then renamed NAME.rejected.
     """
     if isinstance(source, Path) or "://" not in source:
@@ -63,7 +63,7 @@ def short_sha256(sha256: str) -> str:
 
 
 def cache_path(url: str) -> Path:
-    """Return where the file of a URL is kept: a short hash of the URL, then its own name.
+    """Return the cache path of a URL's file: a short hash of the URL, then its own name.
 
     The folder is GAN_REFINE_CACHE, else gan-refine in XDG_CACHE_HOME, else ~/.cache/gan-refine.
     """
@@ -124,7 +124,7 @@ def _locked(path: Path) -> Iterator[IO[str]]:
 
 
 def _fetch(url: str, path: Path, *, mark_file: IO[str]) -> None:
-    """Download a URL to a path, from where an earlier attempt ended if the server allows it."""
+    """Download a URL to a path, continuing an earlier attempt if the server allows it."""
     part = path.with_name(path.name + ".part")
     mark_file.seek(0)
     mark = mark_file.read()
@@ -132,6 +132,8 @@ def _fetch(url: str, path: Path, *, mark_file: IO[str]) -> None:
     headers = {"User-Agent": "gan-refine"}
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": mark}
+
+    # continue only the same version of the file
     with _opened(url, headers) as response:
         if response.headers.get_content_type() == "text/html":
             raise http.client.HTTPException("the server sent a web page, not a file")
@@ -142,6 +144,8 @@ def _fetch(url: str, path: Path, *, mark_file: IO[str]) -> None:
         elif not _continues(response, start=start, mark=mark):
             _write_mark(mark_file, "")
             raise http.client.HTTPException("the server's file has changed since it was begun")
+
+        # append, then rename the complete file
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         with part.open("r+b" if resumed else "wb") as file:
@@ -153,7 +157,7 @@ def _fetch(url: str, path: Path, *, mark_file: IO[str]) -> None:
 
 
 def _opened(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    """Return the response, asked again from the start where the server refuses to go on."""
+    """Return the response, asked again from the start if the server refuses to go on."""
     try:
         return urllib.request.urlopen(
             urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS
@@ -170,7 +174,7 @@ def _continues(response: http.client.HTTPResponse, *, start: int, mark: str) -> 
 
 
 def _mark(response: http.client.HTTPResponse) -> str:
-    """Return what tells this version of the file from another one, "" where nothing does."""
+    """Return the mark of this version of the file (ETag or Last-Modified); "" without one."""
     etag = response.headers.get("ETag", "")
     strong = etag if not etag.startswith("W/") else ""  # a weak one does not promise equal bytes
     return strong or response.headers.get("Last-Modified", "")

@@ -1,7 +1,6 @@
-"""The words of the project as types: what a student, a denoiser, a phase and an objective are.
+"""The roles of networks and objectives: Generator, Denoiser, Phase, Objective.
 
-Everything here is a seam between folders. No behaviour lives here, and nothing inherits from it for
-reuse: a class is a `Student` because it has the members, not because it says so.
+Networks inherit their role; objectives have one by their members. No behavior lives here.
 """
 
 from __future__ import annotations
@@ -16,8 +15,12 @@ if TYPE_CHECKING:
     from core.randomness import Draws
 
 
-class Student(Protocol):
-    """Any one-step generator, an nn.Module; in eval mode a deterministic function."""
+class Generator(nn.Module):
+    """A one-step generator, which a student is; in eval mode a deterministic function.
+
+    forward(latents [N, *latent_shape], labels [N] int64 | None) -> images [N, C, H, W] float32,
+    about [-1, 1].
+    """
 
     latent_shape: tuple[int, ...]
     """Shape of one latent, always unit normal."""
@@ -26,16 +29,15 @@ class Student(Protocol):
     num_classes: int
     """0 = unconditional."""
 
-    def __call__(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return images [N, C, H, W] float32, about [-1, 1], for latents [N, *latent_shape], labels
-        [N] int64.
-        """
-        ...
+    def update_w_avg(self) -> None:
+        """Recompute buffers that follow from the weights, such as StyleGAN's w_avg, if any."""
 
 
-class Denoiser(Protocol):
-    """A preconditioned diffusion network, an nn.Module: the teacher and the score network are the
-    same kind.
+class Denoiser(nn.Module):
+    """A preconditioned diffusion network: the teacher, and the score network.
+
+    forward(noisy [N, C, H, W], sigma [N], labels [N] int64 | None) -> E[x | noisy] [N, C, H, W]
+    float32, for noisy = x + sigma n.
     """
 
     image_shape: tuple[int, int, int]
@@ -43,15 +45,13 @@ class Denoiser(Protocol):
     num_classes: int
     """0 = unconditional."""
     sigma_min: float
-    """Smallest noise level it was made for, in pixel units."""
+    """Smallest noise level that it was trained for, in pixel units."""
     sigma_max: float
-    """Largest noise level it was made for, in pixel units."""
+    """Largest noise level that it was trained for, in pixel units."""
 
-    def __call__(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return E[x | noisy] [N, C, H, W] float32 for noisy = x + sigma n, sigma [N], labels [N]
-        int64.
-        """
-        ...
+    def round_sigma(self, sigma: Tensor) -> Tensor:
+        """Return the nearest noise levels that the network can take: by default, sigma itself."""
+        return sigma
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,6 @@ class Phase:
 
 
 class Objective(Protocol):
-    """What a student learns from: a tuple of phases, run in this order each round."""
+    """Training objective: a tuple of phases, run in this order each iteration."""
 
     phases: tuple[Phase, ...]

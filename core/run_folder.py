@@ -26,7 +26,7 @@ from core.run_log import RunLog
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the files of one run are."""
+    """Paths of the files of one run."""
 
     path: Path
 
@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def job(self) -> Path:
-        """Return the path of the note which job began the run, where one did."""
+        """Return the path of the note of the job that began the run."""
         return self.path / "job.txt"
 
     @property
@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Return the folder of what a resumed run needs."""
+        """Return the folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def teacher_samples(self) -> Path:
-        """Return the path of the statistics of the teacher's own samples, where they were made."""
+        """Return the path of the statistics of the teacher's own samples."""
         return self.path / "teacher-samples.npz"
 
     @property
@@ -79,7 +79,7 @@ class RunFolder:
     def create(cls, outdir: Path, name: str) -> RunFolder:
         """Return a new folder OUTDIR/00000-NAME of the next free number, also among many callers.
 
-        Raises UserError where the name or the place does not do.
+        Raises UserError if the name is not allowed or the folder cannot be written.
         """
         if not re.fullmatch(r"\w[\w.+-]*", name):
             raise UserError(f"run name {name!r}: expected letters, digits and _ . + - only")
@@ -93,7 +93,7 @@ class RunFolder:
 
     @classmethod
     def open_existing(cls, path: Path) -> RunFolder:
-        """Return the folder of an earlier run. Raises UserError where there is none."""
+        """Return the folder of an earlier run. Raises UserError if there is none."""
         folder = cls(path)
         if (path / "readings.jsonl").exists():
             raise UserError(
@@ -110,9 +110,9 @@ class RunFolder:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the run while the block goes on; what a killed process left half written goes.
+        """Hold the run during the block; half-written files of a killed process are removed.
 
-        However this process ends, the run is free again. Raises UserError where another process
+        However this process ends, the run is free again. Raises UserError if another process
         holds it, and says which.
         """
         path = self.path / ".lock"
@@ -132,7 +132,7 @@ class RunFolder:
             lock.release()
 
     def holder(self) -> str | None:
-        """Return which process holds the run; None where none does, as far as can be known."""
+        """Return which process holds the run; None if none does, as far as can be known."""
         return _lock.holder(self.path / ".lock")
 
 

@@ -69,7 +69,7 @@ def _library(architecture: str | None) -> Library | str:
 
 
 def library_path(architecture: str | None) -> Path:
-    """Return where the library for a GPU architecture (None: this CPU) is kept."""
+    """Return the path of the library for a GPU architecture (None: this CPU)."""
     digest = hashlib.sha256()
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
@@ -190,7 +190,7 @@ def _path_with_ninja() -> str:
 
 
 def _linker_flags(folder: Path, architecture: str | None) -> list[str]:
-    """Return what the library is linked with: for a GPU the CUDA runtime that torch has loaded.
+    """Return the libraries to link with: for a GPU the CUDA runtime that torch has loaded.
 
     pip installs that one under its versioned name only, which no linker looks for.
     """
@@ -216,7 +216,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _first_complaint(error: Exception) -> str:
-    """Return the line of a compiler's output that says what was wrong."""
+    """Return the line of a compiler's output that names the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     complaint = re.compile(r"\berror\b.*:|not found|cannot find|no such file", re.I)
     found = [line for line in lines if complaint.search(line) and "Error building" not in line]

@@ -1,4 +1,4 @@
-"""The custom operations on native kernels: what the kernels are handed, and their gradients.
+"""The custom operations on native kernels: their arguments and gradients.
 
 The transpose of a resampling is a resampling with up and down exchanged and the filter reversed, so
 upfirdn2d is its own backward pass, as often as it is differentiated. filtered_lrelu backward is the
@@ -11,12 +11,11 @@ from __future__ import annotations
 import ctypes
 from contextlib import nullcontext
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 from core.errors import UserError
 from custom_ops._build import Library
@@ -58,7 +57,7 @@ def upfirdn2d(kernels: Library, x: Tensor, op: Resample) -> Tensor:
 
 class _Upfirdn2d(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, kernels: Library, op: Resample) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: Library, op: Resample) -> Tensor:
         ctx.kernels, ctx.op = kernels, op
         layout = _layout(x)
         x = x.contiguous(memory_format=layout)
@@ -68,7 +67,7 @@ class _Upfirdn2d(Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _Upfirdn2d.apply(gradient, ctx.kernels, ctx.op.transposed()), None, None
 
 
@@ -100,7 +99,7 @@ def filtered_lrelu(kernels: Library, x: Tensor, b: Tensor | None, op: FilteredLr
 class _FilteredLrelu(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, b: Tensor | None, kernels: Library, op: FilteredLrelu
+        ctx: Any, x: Tensor, b: Tensor | None, kernels: Library, op: FilteredLrelu
     ) -> Tensor:
         ctx.kernels, ctx.op, ctx.layout = kernels, op, _layout(x)
         x = x.contiguous(memory_format=ctx.layout)
@@ -113,7 +112,7 @@ class _FilteredLrelu(Function):
         return _run_filtered_lrelu(kernels, x, b, slopes, op, ctx.layout, backward=False)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         arguments = (ctx.saved_tensors[0], ctx.kernels, ctx.op, ctx.layout)
         gradient_x = _FilteredLreluBackward.apply(gradient, *arguments)
         gradient_b = gradient_x.sum((0, 2, 3)) if ctx.needs_input_grad[1] else None
@@ -123,7 +122,7 @@ class _FilteredLrelu(Function):
 class _FilteredLreluBackward(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         gradient: Tensor,
         slopes: Tensor,
         kernels: Library,
@@ -137,7 +136,7 @@ class _FilteredLreluBackward(Function):
         )
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> None:
+    def backward(ctx: Any, *gradients: Tensor) -> None:
         raise _differentiated_twice("filtered_lrelu")
 
 
@@ -184,9 +183,7 @@ def bias_act(kernels: Library, x: Tensor, b: Tensor | None, op: BiasAct) -> Tens
 
 class _BiasAct(Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, b: Tensor | None, kernels: Library, op: BiasAct
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, b: Tensor | None, kernels: Library, op: BiasAct) -> Tensor:
         ctx.kernels, ctx.op = kernels, op
         ctx.layout = _layout(x) if op.dim == 1 else torch.contiguous_format
         x = x.contiguous(memory_format=ctx.layout)
@@ -196,7 +193,7 @@ class _BiasAct(Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         seen, bias = ctx.saved_tensors
         gradient_x = _BiasActBackward.apply(gradient, seen, bias, ctx.kernels, ctx.op, ctx.layout)
         gradient_b = None
@@ -209,7 +206,7 @@ class _BiasAct(Function):
 class _BiasActBackward(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         gradient: Tensor,
         seen: Tensor,
         bias: Tensor | None,
@@ -220,7 +217,7 @@ class _BiasActBackward(Function):
         return _run_bias_act(kernels, gradient.contiguous(memory_format=layout), seen, bias, op)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> None:
+    def backward(ctx: Any, *gradients: Tensor) -> None:
         raise _differentiated_twice("bias_act")
 
 
@@ -276,7 +273,7 @@ def _filters(*taps: Taps) -> ctypes.Array[_Filter]:
 
 
 def _call(kernels: Library, operation: str, x: Tensor, *arguments: object) -> None:
-    """Run a kernel where x is: on the CPU's threads, or on the current stream of its GPU."""
+    """Run a kernel if x is: on the CPU's threads, or on the current stream of its GPU."""
     function = getattr(kernels, f"{operation}_{_SUFFIXES[x.dtype]}")
     is_cuda = x.device.type == "cuda"
     with torch.cuda.device(x.device) if is_cuda else nullcontext():

@@ -1,4 +1,4 @@
-"""What upfirdn2d does along each axis, and a filter in the form in which it is used."""
+"""Resampling of upfirdn2d along each axis, and the prepared filter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Resampling(NamedTuple):
-    """What happens along one axis."""
+    """Resampling along one axis."""
 
     size: int
     """Pixels before."""
@@ -45,9 +45,9 @@ def resampling(
     down: int | Sequence[int],
     padding: int | Sequence[int],
 ) -> tuple[Resampling, Resampling]:
-    """Return what happens along x and along y to images of this shape [N, C, H, W].
+    """Return the resampling along x and along y of images [N, C, H, W] of this shape.
 
-    Raises ValueError where nothing would be left of the image.
+    Raises ValueError if nothing would be left of the image.
     """
     taps_y, taps_x = (1, 1) if f is None else (f.shape[0], f.shape[-1])
     (up_x, up_y), (down_x, down_y) = _pair(up), _pair(down)
@@ -78,7 +78,7 @@ class Taps(NamedTuple):
     """A filter as it is multiplied: correlated with the image, gain included."""
 
     x: Tensor | None
-    """[fw], or None where the filter is a plane."""
+    """[fw], or None if the filter is a plane."""
     y: Tensor | None
     """[fh], likewise."""
     plane: Tensor | None
@@ -110,7 +110,7 @@ class Resample(NamedTuple):
         if self.f.is_inference():  # counts no changes
             return _prepared(self.f.to(like.device, dtype), self.flip_filter, self.gain)
         state = (self.f._version, self.f.data_ptr())
-        prepared_from, kept = _kept.get(self.f, (None, {}))
+        prepared_from, kept = _kept.get(self.f) or (None, {})
         if prepared_from != state:  # written to since, by a moving average that copies buffers, say
             _kept[self.f] = state, (kept := {})
         key = (self.flip_filter, self.gain, dtype, like.device)

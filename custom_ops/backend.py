@@ -8,7 +8,7 @@ device, a filter that is trained, a call that is being traced or exported) take 
 PyTorch on any device, differentiable to any order. Lower precision without a kernel is computed in
 float32.
 
-Where the kernels cannot be built, `auto` says why, once, and takes the reference; `native` raises.
+If they cannot be built, `auto` logs the reason once and takes the reference; `native` raises.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _reported: set[str] = set()
 def choose(policy: KernelPolicy, device: torch.device | str = "cpu") -> str:
     """Set the policy of this process; return the implementation that it means on this device.
 
-    That is native or reference, for the report. Compiles the kernels where that has not been done.
-    Raises UserError under `native` where they cannot be built, with the reason.
+    That is native or reference, for the report. Compiles the kernels if that has not been done.
+    Raises UserError under `native` if they cannot be built, with the reason.
     """
     global _chosen
     _chosen = _checked(policy)
@@ -62,13 +62,13 @@ def using(policy: KernelPolicy) -> Iterator[None]:
 
 
 def kernels_for(x: Tensor, *others: Tensor | None) -> _build.Library | None:
-    """Return the native kernels that take x, or None where the reference does.
+    """Return the native kernels that take x, or None if the reference does.
 
-    others: what must not need a gradient of its own. Raises UserError as `choose` does.
+    others: tensors that must not need gradients of their own. Raises UserError as `choose` does.
     """
     if x.dtype not in _COVERED.get(x.device.type, ()) or x.numel() == 0:
         return None
-    if type(x) not in (Tensor, nn.Parameter) or torch.jit.is_tracing():
+    if type(x) not in (Tensor, nn.Parameter) or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return None
     if torch.compiler.is_compiling() or any(t is not None and t.requires_grad for t in others):
         return None

@@ -1,6 +1,6 @@
 """Bias, activation, gain and clamp in one operation (Karras et al., StyleGAN2-ADA).
 
-Here are its definition and the reference in plain PyTorch; native kernels do the same where the
+Here are its definition and the reference in plain PyTorch; native kernels do the same if the
 policy (backend.py) says so.
 """
 
@@ -20,7 +20,7 @@ from custom_ops.backend import widened
 
 
 class Activation(NamedTuple):
-    """An activation function, and the slope and gain it has where the caller names none."""
+    """An activation function, and the slope and gain it has if the caller names none."""
 
     function: Callable[[Tensor, float], Tensor]
     alpha: float

@@ -1,4 +1,4 @@
-"""Leaky ReLU at a higher sampling rate, so that what it adds beyond the band limit is filtered away
+"""Leaky ReLU at a higher sampling rate, so that frequencies beyond the band limit are filtered away
 (Karras et al., Alias-Free Generative Adversarial Networks, NeurIPS 2021, Fig. 4b and appendix D).
 """
 
@@ -39,7 +39,7 @@ def filtered_lrelu(
     b: [C], added to x, not to the padding. fu, fd: [fh, fw], or [taps] for a separable filter, or
     None for the identity. padding: one number, (x, y) or (x before, x after, y before, y after),
     counted after upsampling; negative crops. `clamp=None` clips nothing. Raises ValueError for a
-    bias of the wrong length, and where nothing would be left of the image.
+    bias of the wrong length, and if nothing would be left of the image.
     """
     if b is not None and b.shape != (x.shape[1],):
         raise ValueError(f"bias has shape {tuple(b.shape)}, x has {x.shape[1]} channels")

@@ -3,7 +3,7 @@ StyleGAN). All resampling in the StyleGAN family is this operation.
 
 Here are its definition and the reference in plain PyTorch, differentiable to any order, which
 multiplies no stuffed zero and computes no dropped pixel: with a separable filter the operation is
-one banded matrix along each axis, which is a matrix product. Native kernels do the same where the
+one banded matrix along each axis, which is a matrix product. Native kernels do the same if the
 policy (backend.py) says so.
 """
 
@@ -52,7 +52,7 @@ def upfirdn2d(
 
     f: [fh, fw], or [taps] for a separable filter, or None for the identity. up, down: one number or
     (x, y). padding: one number, (x, y) or (x before, x after, y before, y after), counted after
-    upsampling. Raises ValueError where nothing would be left of the image.
+    upsampling. Raises ValueError if nothing would be left of the image.
     """
     along_x, along_y = resampling(x.shape, f, up=up, down=down, padding=padding)
     op = Resample(f, along_x, along_y, flip_filter, gain)
@@ -145,7 +145,7 @@ def _filter_plane(x: Tensor, taps: Tensor, along_x: Resampling, along_y: Resampl
 
 
 def _pad(x: Tensor, sides: list[int]) -> Tensor:
-    """Return x with zeros at its sides, then cropped where a side is negative."""
+    """Return x with zeros at its sides, then cropped if a side is negative."""
     if min(sides) >= 0:
         return F.pad(x, sides)
     return F.pad(F.pad(x, [max(side, 0) for side in sides]), [min(side, 0) for side in sides])

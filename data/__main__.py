@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import click
 from tqdm import tqdm
@@ -95,11 +96,11 @@ def prepare(
     source: Path,
     out: Path,
     resolution: Size | None,
-    crop: str,
-    resampling: str,
-    channels: str,
+    crop: Literal["none", "center"],
+    resampling: Literal["lanczos", "box", "bicubic"],
+    channels: Literal["1", "3", "keep"],
     images: int | None,
-    split: str | None,
+    split: Literal["train", "test"] | None,
     flat_labels: bool,
     no_labels: bool,
     skip_broken: bool,

@@ -93,7 +93,9 @@ def _from_archive(path: Path, batch_names: Sequence[str]) -> dict[str, bytes]:
                 if member.isfile() and name in (*batch_names, _CLASS_NAMES_FILE):
                     if member.size > _BATCH_BYTES_LIMIT:
                         raise UserError(f"{path}: {name} is larger than any batch of CIFAR-10")
-                    contents[name] = archive.extractfile(member).read()
+                    file = archive.extractfile(member)
+                    assert file is not None, "a member that is a file"
+                    contents[name] = file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is cut off or no tar archive: {error}") from error
     return contents
@@ -107,8 +109,11 @@ def _batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
         raise UserError(f"{where} has no images as CIFAR-10 has them: expected uint8 [N, 3072]")
     if data.shape[1] != np.prod(_SHAPE):
         raise UserError(f"{where} has images of {data.shape[1]} values, expected 3072")
-    is_list = isinstance(labels, list) and len(labels) == len(data)
-    if not is_list or not all(type(n) is int and 0 <= n < _CLASSES for n in labels):
+    if (
+        not isinstance(labels, list)
+        or len(labels) != len(data)
+        or not all(type(n) is int and 0 <= n < _CLASSES for n in labels)
+    ):
         raise UserError(f"{where} must have one label from 0 to 9 for each of {len(data)} images")
     images = data.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels

@@ -65,7 +65,9 @@ def _images_file(folder: Path, prefix: str) -> Path | None:
 
 
 def _labels(images_file: Path, count: int) -> list[int]:
-    stem, joint, suffix = _IMAGES_FILE.fullmatch(images_file.name).groups(default="")
+    match = _IMAGES_FILE.fullmatch(images_file.name)
+    assert match is not None, images_file
+    stem, joint, suffix = match.groups(default="")
     names = [f"{stem}labels{joint}idx1-ubyte{ending}" for ending in (suffix, "", ".gz")]
     files = [file for name in names if (file := images_file.parent / name).exists()]
     if not files:

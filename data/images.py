@@ -39,7 +39,8 @@ class Images(Dataset[Tensor]):
         labels = read_labels(self._files, self.names, self.path)
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         """[N] int64, or None if dataset.json is absent or without labels."""
-        self.image_shape: tuple[int, int, int] = tuple(self._decode(self.names[0]).shape)
+        channels, height, width = self._decode(self.names[0]).shape
+        self.image_shape = (channels, height, width)
         """(C, H, W) of every image."""
 
     @property

@@ -272,7 +272,7 @@ def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
     """Return a picture composed on white, and whether any pixel was transparent."""
     mode = _ALPHA.get(picture.mode) or _OPAQUE[picture.mode]
     layer = picture.convert("RGBA")
-    lowest_alpha, _ = layer.getchannel("A").getextrema()
+    lowest_alpha = int(np.asarray(layer.getchannel("A")).min())
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, layer).convert(mode), lowest_alpha < 255
 

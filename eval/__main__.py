@@ -7,27 +7,23 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import click
 import torch
-from torch import nn
 
 import generators
 import teachers
 from core import config, distributed, plugins
 from core.cli import report_user_errors, set_up_logging
 from core.distributed import World
-from core.downloads import local_file, sha256_of
 from core.errors import UserError
+from core.file import File
 from core.precision import allow_tf32
-from core.roles import Denoiser
-from core.run_folder import RunFolder
-from eval import edm_sampler, evaluator, features, progress, scorecard, standalone, subjects
+from eval import edm_sampler, evaluator, features, progress, scorecard, standalone
 from eval import reference as references
-from eval.display import image_count
 from eval.metrics import registry
-from eval.subjects import Kind, Subject
+from eval.metrics.display import image_count
+from eval.standalone import Kind, Subject
 from pretrained import files
 from pretrained.files import SavedNetwork
 
@@ -44,19 +40,19 @@ _TITLES = {
 class _Commands(click.Group):
     """Commands, among them every name that asks for metrics."""
 
-    def list_commands(self, context: click.Context) -> list[str]:
-        return ["all", *standalone.all_names(), *super().list_commands(context)]
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["all", *standalone.all_names(), *super().list_commands(ctx)]
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name in self.commands:
-            return self.commands[name]
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
         try:
-            registry.parse(_names(name))
+            registry.parse(_names(cmd_name))
         except UserError as error:
             known = ", ".join(self.commands)
             raise click.UsageError(f"{error}; or one of the commands {known}") from error
         command = copy.copy(_measure)
-        command.name, command.short_help = name, _TITLES.get(name, name)
+        command.name, command.short_help = cmd_name, _TITLES.get(cmd_name, cmd_name)
         return command
 
 
@@ -158,7 +154,7 @@ def _measure(
 
     A student's image follows from its seed alone; a teacher is sampled from the seed's noise, with
     its authors' settings unless --sampler gives others. Images are compared as they are, all of
-    them. What cannot be measured is refused before an image is made.
+    them. Everything that cannot be evaluated is refused before an image is made.
 
     Exit code 2: bad input. Progress and remarks go to stderr.
     """
@@ -173,6 +169,8 @@ def _measure(
         batch_size=batch_size,
         definitions=config.with_overrides({}, definitions),
     )
+
+    # evaluate on all ranks, print on rank 0
     seeded = {"--images": images, "--seeds": seeds, "--first-seed": first_seed}
     with allow_tf32(False), distributed.process_group(device) as world:
         set_up_logging(world)
@@ -197,7 +195,7 @@ def _settings(**settings: object) -> evaluator.Config:
 
 
 def _check_options(subject: Subject, seeded: dict[str, int | None]) -> None:
-    """Raise UserError for an option of generated images where images lie in files."""
+    """Raise UserError for an option of generated images if images lie in files."""
     given = [option for option, value in seeded.items() if value is not None]
     if subject.files is not None and given:
         raise UserError(
@@ -207,51 +205,47 @@ def _check_options(subject: Subject, seeded: dict[str, int | None]) -> None:
 
 
 def _subject(source: str, sampler: Sequence[str], world: World) -> Subject:
-    """Return what a path, a URL or a short name stands for."""
+    """Return the network or the images behind a path, a URL or a short name."""
     settings = config.validate(
         edm_sampler.Config, config.with_overrides({}, sampler), source="--sampler"
     )
-    path = _located(source)
-    kind = _kind(path)
+    file = _resolve(source)
+    path, kind = file.path, _kind(file.path)
     if sampler and kind != "teacher":
         raise UserError(f"--sampler is of a teacher, and {source} holds {_HELD[kind]}")
     if kind == "images":
-        return subjects.of_images(references.image_set(path), source=source)
-    load = generators.load if kind == "student" else teachers.load
-    network = cast(nn.Module, load(path))
-    network.to(world.device, memory_format=torch.channels_last)
-    named = {"source": source, "sha256": sha256_of(path), "device": world.device}
+        return standalone.of_images(references.image_set(path), source=source)
+    sha256, layout = str(file.sha256), torch.channels_last
     if kind == "student":
-        return subjects.of_student(network, **named)
-    return subjects.of_teacher(
-        network,
+        student = generators.load(path)
+        student.to(world.device).to(memory_format=layout)
+        return standalone.of_student(student, source=source, sha256=sha256, device=world.device)
+    teacher = teachers.load(path)
+    teacher.to(world.device).to(memory_format=layout)
+    return standalone.of_teacher(
+        teacher,
         partial(edm_sampler.sample, config=settings),
-        described=edm_sampler.describe(cast(Denoiser, network), settings),
-        **named,
+        described=edm_sampler.describe(teacher, settings),
+        source=source,
+        sha256=sha256,
+        device=world.device,
     )
 
 
 _HELD = {"student": "a student", "images": "images"}
 
 
-def _located(source: str) -> Path:
-    """Return the local file or folder of a path, a URL or a short name; of a run, its student."""
-    if teachers.located(source) != source:
-        _log.info("%s: %s", source, teachers.LICENCE)
-    path = local_file(teachers.located(source))
-    run = RunFolder(path)
-    if not run.recipe.is_file():
-        return path
-    if not run.student.is_file():
-        raise UserError(
-            f"{path} has no {run.student.name} yet: finish it with `python refine.py --resume "
-            f"{path}`, or measure where it stands with --report"
-        )
-    return run.student
+def _resolve(source: str) -> File:
+    """Return the file of a path, a URL or a short name; of a run's folder, its student."""
+    teachers.check_name(source)
+    file = teachers.resolve(source)
+    if file.licence is not None:
+        _log.info("%s: %s", source, file.licence)
+    return file
 
 
 def _kind(path: Path) -> Kind:
-    """Return what a file or folder holds, by its content. Raises UserError for anything else."""
+    """Return the kind of a file or folder, by its content. Raises UserError for anything else."""
     if references.is_image_set(path):
         return "images"
     file = files.read(path)
@@ -305,6 +299,8 @@ def reference(
         raise UserError(f"{out}: a file of statistics must be named .npz to be known as one")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists: give another name, or --overwrite")
+
+    # compute the statistics on all ranks, write on rank 0
     with allow_tf32(False), distributed.process_group(device) as world:
         set_up_logging(world)
         with distributed.main_first(world):
@@ -319,6 +315,8 @@ def reference(
         )
         if world.is_main:
             references.save_npz(out, made)
+
+    # print what was written
     if not world.is_main:
         return
     kept = "none" if made.features is None else f"{len(made.features):,}"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from core.errors import UserError
 from data.prepare import open_source
@@ -26,13 +27,14 @@ from pretrained import nvidia_pickle
 ARCHIVES = (".tar", ".tgz", ".tar.gz")
 
 
-class Archive:
+class Archive(Dataset[Tensor]):
     """Images of a published archive, in its order; an item is a uint8 tensor [C, H, W]."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._source = open_source(path, labeling="none")
-        self.image_shape: tuple[int, int, int] = tuple(self[0].shape)
+        channels, height, width = self[0].shape
+        self.image_shape = (channels, height, width)
         """(C, H, W) of every image."""
 
     @cached_property

@@ -178,11 +178,10 @@ def heun(
     # noise levels, raised by churn, rounded to the denoiser's
     least, most = _range(denoiser, sigma_min, sigma_max)
     levels = sigma_steps(steps, sigma_min=least, sigma_max=most, rho=rho).to(latents.device)
-    round_sigma = getattr(denoiser, "round_sigma", lambda sigma: sigma)
-    levels[:-1] = round_sigma(levels[:-1])
+    levels[:-1] = denoiser.round_sigma(levels[:-1])
     gamma = min(churn / steps, math.sqrt(2) - 1)
     in_churn_range = (churn_sigma_min <= levels) & (levels <= churn_sigma_max)
-    raised = torch.where(in_churn_range, round_sigma(levels + gamma * levels), levels)
+    raised = torch.where(in_churn_range, denoiser.round_sigma(levels + gamma * levels), levels)
 
     # Heun steps
     images = latents.double() * levels[0]

@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config import Section
 from core.distributed import World, all_gather_rows, any_rank, local_range
 from core.errors import EvaluationCancelled, UserError
+from core.file import File
+from core.roles import Generator
 from eval import features, progress, reference
 from eval.feature_stats import Collected, Collector, Need, merged_over_ranks
 from eval.features import Extractor
@@ -93,7 +95,7 @@ class Evaluator:
     """Between images, for path lengths."""
     world: World
     real: Reference | None = None
-    """Statistics of real images; None where no metric compares, or before they exist."""
+    """Statistics of real images; None if no metric compares, or before they exist."""
     show: Show = silent
     """Shows the progress of an evaluation."""
 
@@ -106,7 +108,7 @@ class Evaluator:
         """Return an evaluator that compares with these real images."""
         return replace(self, real=real)
 
-    def check(self, *, student: nn.Module | None, real: registry.Real | None = None) -> None:
+    def check(self, *, student: Generator | None, real: registry.Real | None = None) -> None:
         """Raise a UserError that names everything in the way of these metrics.
 
         real: statistics that will be compared with, if not the evaluator's own.
@@ -123,7 +125,7 @@ class Evaluator:
         )
 
     def evaluate(
-        self, images_of: ImagesOf, *, student: nn.Module | None = None, first_seed: int = 0
+        self, images_of: ImagesOf, *, student: Generator | None = None, first_seed: int = 0
     ) -> dict[str, MetricResult]:
         """Return each metric on `config.seeds` disjoint sets of `config.images` images.
 
@@ -155,7 +157,7 @@ class Evaluator:
     ) -> dict[str, float]:
         """Return the metrics that `config.images_while_training` images can give, of those images.
 
-        stop_requested: asked before each batch; raises EvaluationCancelled on all ranks where it
+        stop_requested: asked before each batch; raises EvaluationCancelled on all ranks if it
         says so on any.
         """
         images = self.config.images_while_training
@@ -260,7 +262,7 @@ class Evaluator:
             advance(len(batch) * self.world.size)  # the other ranks are about as far
 
     def _path_length(
-        self, student: nn.Module | None, walk: str, *, first_seed: int, advance: Advance
+        self, student: Generator | None, walk: str, *, first_seed: int, advance: Advance
     ) -> float:
         """Return the path length of config.images steps, as the request named `walk` defines it."""
         assert self.distance is not None and student is not None
@@ -283,9 +285,9 @@ class Evaluator:
 
 
 def load(config: Config, *, image_shape: tuple[int, int, int], world: World) -> Evaluator | None:
-    """Return the evaluator without real images; None where there is nothing to evaluate.
+    """Return the evaluator without real images; None if there is nothing to evaluate.
 
-    Raises UserError where the extractor cannot take images [C, H, W] of that shape.
+    Raises UserError if the extractor cannot take images [C, H, W] of that shape.
     """
     requests = parse(config.metrics)
     if config.reference is None:
@@ -321,7 +323,7 @@ def new_collector(
 ) -> Collector:
     """Return the collector of a set of images, or of a rank's part of it that begins at `first`.
 
-    images: of the whole set. head: the extractor's, where it has classes.
+    images: of the whole set. head: the extractor's, if it has classes.
     """
     return Collector(
         needs,
@@ -335,16 +337,16 @@ def new_collector(
 
 
 def read_reference(
-    source: str, evaluator: Evaluator, *, image_shape: tuple[int, int, int]
+    source: File | str, evaluator: Evaluator, *, image_shape: tuple[int, int, int]
 ) -> Reference:
     """Return the statistics of real images that the evaluator's metrics need.
 
-    All ranks call it and share the work. Raises UserError where the images have another shape than
+    All ranks call it and share the work. Raises UserError if the images have another shape than
     [C, H, W].
     """
     keeps = "features" in registry.needs(evaluator.requests)
     real = reference.reference_statistics(
-        source,
+        source.path if isinstance(source, File) else source,
         evaluator.extractor,
         keep=evaluator.config.definitions if keeps else None,
         world=evaluator.world,

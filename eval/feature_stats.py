@@ -187,11 +187,11 @@ def _is_kept(images: int, kept_images: int, random_seed: int) -> Tensor:
 
 
 class Collector:
-    """Takes the features of a set of images in batches and keeps what metrics need of them.
+    """Collects statistics of a set of images' features, batch by batch.
 
     `images` is the size of the whole set; where ranks share it, each has a Collector whose `first`
     is the index of its first image, and `merged_over_ranks` puts the parts together. The features
-    of `kept_images` images are kept at most, drawn at random where there are more; `head` and
+    of `kept_images` images are kept at most, drawn at random if there are more; `head` and
     `splits` are those of the class statistics.
     """
 
@@ -214,7 +214,7 @@ class Collector:
         self._found = Collected(0)
 
     def add(self, features: Tensor) -> None:
-        """Take the features [N, D] of the next images. Raises UserError where one is not finite."""
+        """Take the features [N, D] of the next images. Raises UserError if one is not finite."""
         first, self._next = self._next, self._next + len(features)
         _check_finite(features, first=first)
         self._found.images += len(features)
@@ -243,7 +243,7 @@ class Collector:
 
     @property
     def collected(self) -> Collected:
-        """Return what was kept so far."""
+        """Return the statistics so far."""
         if self._parts:
             self._found.features = torch.cat(self._parts)
             self._parts = [self._found.features]
@@ -260,7 +260,7 @@ def _check_finite(features: Tensor, *, first: int) -> None:
 
 
 def merged_over_ranks(part: Collected, world: World) -> Collected:
-    """Return what all ranks collected, in the order of ranks, on every rank and on the CPU.
+    """Return the statistics of all ranks, in the order of ranks, on every rank and on the CPU.
 
     Every rank must have seen at least one image.
     """

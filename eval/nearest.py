@@ -1,4 +1,4 @@
-"""How like each other images are, by their features: what refinement kept, and what is a copy.
+"""Distances between single images' features: drift through refinement, and copies of real images.
 
     drift      images before and after of the same latents: do latents keep their meaning?
     nearness   generated images and the real ones nearest to them: is one a copy?
@@ -16,19 +16,19 @@ from torch import Tensor
 _STRIP = 1000
 """Images whose distances to all others are held at once."""
 _NEAR = 0.01
-"""The share of real images that are nearest to another one: what lies as near is suspicious."""
+"""Share of real images nearest to another one that defines a suspicious distance."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """What became of the images of some latents."""
+    """Movement of the images of some latents."""
 
     images: int
     """How many latents."""
     moved: float
-    """Mean distance from a latent's image before to its image after."""
+    """Mean distance from a latent's before-image to its after-image."""
     apart: float
-    """Mean distance between the images before of two latents: what moved is to be held against."""
+    """Mean pairwise distance of the before-images; the scale for `moved`."""
     recognised: float
     """Share, 0 to 1, of the images after that are nearer to their own image before than to that of
     any other latent.
@@ -36,7 +36,7 @@ class Drift:
 
 
 def drift(before: Tensor, after: Tensor) -> Drift:
-    """Return how far images moved; before and after: features [N, D] of the same N >= 2 latents."""
+    """Return the movement of images between features [N, D] of the same N >= 2 latents."""
     count = len(before)
     if before.shape != after.shape or count < 2:
         raise ValueError(f"expected two [N, D], N >= 2: {before.shape} and {after.shape}")
@@ -64,7 +64,7 @@ class Near:
 
 @dataclass(frozen=True)
 class Nearness:
-    """How near generated images come to real ones."""
+    """Distances of generated images to the nearest real ones."""
 
     images: int
     """How many generated ones."""
@@ -82,7 +82,7 @@ class Nearness:
 
 
 def nearness(generated: Tensor, real: Tensor, *, pairs: int = 8) -> Nearness:
-    """Return how near generated images [N, D] come to real ones [M, D], M >= 2."""
+    """Return the distances of generated images [N, D] to the nearest real ones [M, D], M >= 2."""
     if len(generated) == 0 or len(real) < 2 or generated.shape[1] != real.shape[1]:
         raise ValueError(f"expected [N, D] and [M, D]: {generated.shape} and {real.shape}")
     found = _nearest(generated, real)

@@ -21,7 +21,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class ReferenceName:
-    """Which real images were compared with."""
+    """Real images of the comparison."""
 
     name: str
     sha256: str
@@ -35,7 +35,7 @@ class ReferenceName:
 
 @dataclass(frozen=True)
 class ExtractorName:
-    """Which features were compared."""
+    """Extractor of the compared features."""
 
     name: str
     sha256: str
@@ -48,7 +48,7 @@ class ExtractorName:
 
 @dataclass(frozen=True)
 class Environment:
-    """What ran: versions, code and hardware."""
+    """Versions, code and hardware of a run."""
 
     versions: Mapping[str, str]
     git_commit: str | None
@@ -78,7 +78,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return what git prints about this checkout, or None where it cannot say."""
+    """Return git's output about this checkout; None if git cannot tell."""
     command = ["git", "-C", str(_ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -88,7 +88,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _hardware(device: torch.device | str, processes: int) -> str:
-    """Return what the processes ran on, each on a GPU of its own or all on CPUs."""
+    """Return the hardware of the processes, each on a GPU of its own or all on CPUs."""
     device = torch.device(device)
     cores = f"{os.cpu_count()} CPU cores ({_processor()})"
     if device.type == "cuda":

@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Reference:
     halves_fid: float | None = None
     """Fréchet distance between even and odd images, the floor of the FID; None: unknown."""
     features: Tensor | None = None
-    """[M, D] float32 of some or all images, in their order; None where they were not kept."""
+    """[M, D] float32 of some or all images, in their order; None if they were not kept."""
     classes: None = None
     """Class statistics are not stored."""
 
@@ -135,20 +135,8 @@ def is_image_set(path: Path) -> bool:
     return begins_as_zip and path.suffix not in _OTHER_ZIPS
 
 
-class ImageSet(Protocol):
-    """Images in a fixed order, uint8 [C, H, W] each, all of one shape."""
-
-    path: Path
-    image_shape: tuple[int, int, int]
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the images."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Tensor: ...
+ImageSet = Images | _published_sets.Archive
+"""Images in a fixed order, uint8 [C, H, W] each, all of one shape."""
 
 
 def image_set(path: Path) -> ImageSet:
@@ -271,7 +259,8 @@ def save_npz(path: str | Path, reference: Reference) -> None:
     if reference.features is not None:
         arrays["features"] = reference.features.numpy()
     with atomic_write(Path(path)) as partial:
-        np.savez_compressed(partial, **arrays, meta=np.array(json.dumps(meta)))
+        arrays["meta"] = np.array(json.dumps(meta))
+        np.savez_compressed(partial, allow_pickle=False, **arrays)
 
 
 def read_npz(path: str | Path, extractor: Extractor) -> Reference:
@@ -298,8 +287,8 @@ def _read_pkl(path: Path, extractor: Extractor, *, keep: registry.Config | None)
     if keep is not None and stored.features is not None:
         rows = kept_indices(stored.images, keep.kept_images, keep.random_seed)
         features = stored.features[rows]
-    fields = meta.model_dump() | {"images": stored.images}
-    return Reference(stored.mean, stored.covariance, **fields, features=features)
+    known = meta.model_copy(update={"images": stored.images})
+    return Reference(stored.mean, stored.covariance, **known.model_dump(), features=features)
 
 
 def _check_dimensions(path: Path, dimensions: int, extractor: Extractor) -> None:

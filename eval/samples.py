@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.roles import Denoiser, Generator
 
 
 class Inputs(NamedTuple):
@@ -47,14 +48,14 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-Sampler = Callable[[nn.Module, Tensor, Tensor | None, Callable[[int], Tensor]], Tensor]
+Sampler = Callable[[Denoiser, Tensor, Tensor | None, Callable[[int], Tensor]], Tensor]
 """(denoiser, latents, labels [N] or None, step -> noise) -> images in about [-1, 1]."""
 ImagesOf = Callable[[Sequence[int]], Tensor]
 """Seeds -> their images, uint8 [n, C, H, W]."""
 
 
 def images_of_seeds(
-    network: nn.Module, sampler: Sampler | None = None, *, device: torch.device | str
+    network: Generator | Denoiser, sampler: Sampler | None = None, *, device: torch.device | str
 ) -> ImagesOf:
     """Return a function from seeds to a network's images, in eval mode and without gradients.
 
@@ -70,6 +71,7 @@ def images_of_seeds(
             if sampler is None:
                 images = network(latents, labels)
             else:
+                assert isinstance(network, Denoiser), "a generator needs no sampler"
                 images = sampler(network, latents, labels, partial(_noise, seeds, like=latents))
         _check_finite(images, seeds)
         return to_uint8(images)
@@ -98,9 +100,9 @@ def _check_finite(images: Tensor, seeds: Sequence[int]) -> None:
         )
 
 
-def inputs_of(network: nn.Module, seeds: Sequence[int]) -> Inputs:
+def inputs_of(network: Generator | Denoiser, seeds: Sequence[int]) -> Inputs:
     """Return the inputs of a student, or of a denoiser's sampler, for the seeds."""
-    shape = getattr(network, "latent_shape", network.image_shape)
+    shape = network.image_shape if isinstance(network, Denoiser) else network.latent_shape
     return latents_and_labels(seeds, latent_shape=shape, num_classes=network.num_classes)
 
 
@@ -149,7 +151,7 @@ def pairs(
     )
 
 
-def pair_seeds(network: nn.Module, count: int, *, first_seed: int = 0) -> list[int]:
+def pair_seeds(network: Generator | Denoiser, count: int, *, first_seed: int = 0) -> list[int]:
     """Return the seeds of a figure: pair k has class k modulo num_classes, lowest seeds first."""
     if not network.num_classes:
         return list(range(first_seed, first_seed + count))

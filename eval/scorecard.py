@@ -1,4 +1,4 @@
-"""What a measurement gave and on what, for a terminal and as JSON for programs."""
+"""Result of an evaluation with its provenance, for a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from core.downloads import short_sha256
-from eval.display import arrow, image_count, metric_title, shown, unit
+from eval.metrics.display import arrow, image_count, metric_title, shown, unit
 from eval.metrics.registry import MetricResult, metrics
 from eval.provenance import Environment, ExtractorName, ReferenceName
 
@@ -18,7 +18,7 @@ _FEW_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class SubjectName:
-    """What was measured."""
+    """Evaluated network or images."""
 
     source: str
     sha256: str
@@ -28,7 +28,7 @@ class SubjectName:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """The values of a measurement, and all that a colleague needs to get the same."""
+    """Values of an evaluation, and everything needed to reproduce them."""
 
     subject: SubjectName
     metrics: Mapping[str, MetricResult]
@@ -38,12 +38,12 @@ class Scorecard:
     images: int
     """Images of each value."""
     seeds: tuple[tuple[int, int], ...]
-    """For each value its first seed and the one after its last; for files, of what indices."""
+    """For each value its first seed and the one after its last; for files, of indices."""
     reference: ReferenceName | None
     extractor: ExtractorName | None
-    """None where no metric looks at features."""
+    """None if no metric looks at features."""
     distance: ExtractorName | None
-    """Between images, of path lengths; None where none was measured."""
+    """Between images, of path lengths; None if none was measured."""
     definitions: Mapping[str, object]
     """Subsets, splits and neighbors of the metrics: eval.metrics.registry.Config."""
     sampler: str | None
@@ -70,7 +70,7 @@ def to_json(card: Scorecard) -> str:
 
 
 def table(card: Scorecard) -> str:
-    """Return the values, then what they are of and a reader's warnings, as lines."""
+    """Return the values, their provenance and warnings, as lines."""
     values = {
         metric_title(name, card.extractor) + unit(name) + f" {arrow(name)}": shown(name, result)
         for name, result in card.metrics.items()

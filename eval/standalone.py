@@ -11,19 +11,49 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from core import distributed
 from core.distributed import World
 from core.downloads import local_file
 from core.errors import UserError
+from core.roles import Denoiser, Generator
 from eval import evaluator
 from eval.evaluator import Evaluator
 from eval.metrics import path_length, registry
 from eval.metrics.path_length import WALKS
 from eval.metrics.registry import Request, metrics, parse
 from eval.provenance import Environment, ExtractorName, ReferenceName
+from eval.reference import ImageSet
+from eval.samples import ImagesOf, Sampler, images_of_seeds
 from eval.scorecard import Scorecard, SubjectName
-from eval.subjects import Subject
+
+Kind = Literal["student", "teacher", "images"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Images to evaluate, and their source."""
+
+    source: str
+    """As the user named it."""
+    sha256: str
+    """Of the weights file, or of the image set."""
+    kind: Kind
+    image_shape: tuple[int, int, int]
+    """(C, H, W)"""
+    images_of: ImagesOf
+    """From seeds, or from indices of files, to images."""
+    files: int | None = None
+    """How many images there are; None if seeds make as many as are wanted."""
+    student: Generator | None = None
+    """The network whose latents can be walked."""
+    sampler: str | None = None
+    """How a teacher is sampled, in words."""
+
 
 _USUAL_IMAGES = 50_000
 _SEEDS = 2**32
@@ -39,6 +69,51 @@ class Evaluation:
     first_seed: int
     left_out: Mapping[str, str]
     """Name of a metric -> why it cannot be measured."""
+
+
+def of_student(
+    network: Generator, *, source: str, sha256: str, device: torch.device | str
+) -> Subject:
+    """Return a student on the device as a subject."""
+    return Subject(
+        source,
+        sha256,
+        "student",
+        network.image_shape,
+        images_of_seeds(network, device=device),
+        student=network,
+    )
+
+
+def of_teacher(
+    network: Denoiser,
+    sampler: Sampler,
+    *,
+    described: str,
+    source: str,
+    sha256: str,
+    device: torch.device | str,
+) -> Subject:
+    """Return a teacher on the device, with its sampler, as a subject."""
+    return Subject(
+        source,
+        sha256,
+        "teacher",
+        network.image_shape,
+        images_of_seeds(network, sampler, device=device),
+        sampler=described,
+    )
+
+
+def of_images(images: ImageSet, *, source: str) -> Subject:
+    """Return a set of images as a subject; its indices take the place of seeds."""
+
+    def images_of(indices: Sequence[int]) -> Tensor:
+        return torch.stack([images[index] for index in indices])
+
+    return Subject(
+        source, images.sha256, "images", images.image_shape, images_of, files=len(images)
+    )
 
 
 def all_names() -> tuple[str, ...]:
@@ -74,7 +149,7 @@ def prepare(
     """Return the evaluation of `config.metrics`, its reference and extractor loaded.
 
     leaving_out: metrics that cannot be computed are left out with the reason, if any metric is
-    left; otherwise they are refused. Raises UserError in either case where subject, reference and
+    left; otherwise they are refused. Raises UserError in either case if subject, reference and
     extractor do not fit each other.
     """
     if subject.files is not None:
@@ -112,7 +187,7 @@ def _load(
     *,
     leaving_out: bool,
 ) -> tuple[Evaluator, Mapping[str, str]]:
-    """Return the evaluator, without path lengths where their distance cannot be loaded."""
+    """Return the evaluator, without path lengths if their distance cannot be loaded."""
     try:
         loaded = evaluator.load(config, image_shape=subject.image_shape, world=world)
     except UserError as error:
@@ -132,6 +207,8 @@ def scorecard(evaluation: Evaluation) -> Scorecard:
     config = loaded.config
     started_at = time.monotonic()
     results = loaded.evaluate(subject.images_of, student=subject.student, first_seed=first)
+
+    # provenance of the values
     starts = [first + k * config.images for k in range(config.seeds)]
     needs = {metrics()[name].needs for name in results}
     distance = loaded.distance if "student" in needs else None
@@ -155,7 +232,7 @@ def scorecard(evaluation: Evaluation) -> Scorecard:
 def _without(
     config: evaluator.Config, left_out: Mapping[str, str], *, leaving_out: bool
 ) -> evaluator.Config:
-    """Return the config without some metrics. Raises UserError where that is too few."""
+    """Return the config without some metrics. Raises UserError if that is too few."""
     names = tuple(name for name in config.metrics if name not in left_out)
     if not names or (left_out and not leaving_out):
         raise UserError("; ".join(dict.fromkeys(left_out.values())))

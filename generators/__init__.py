@@ -9,21 +9,21 @@ from typing import cast
 
 from torch import nn
 
-from core.roles import Student
+from core.roles import Generator
 from pretrained import networks
 
 _RECORDS = ("G_ema", "G")
 """Of a StyleGAN pickle: the moving average is the student; both carry refined weights back."""
 
 
-def load(source: str | Path) -> Student:
+def load(source: str | Path) -> Generator:
     """Return the student of a path or URL, in eval mode on the CPU.
 
     Takes a StyleGAN pickle (its G_ema, else its G), of TensorFlow's time too, read as data, or our
     own safetensors; recognised by content. Raises core.errors.UserError where the file cannot be
     read or holds no student.
     """
-    return cast(Student, networks.load("generators", source, records=_RECORDS))
+    return cast(Generator, networks.load("generators", source, records=_RECORDS))
 
 
 def save_refined(original: str | Path, out: str | Path, student: nn.Module) -> tuple[str, ...]:

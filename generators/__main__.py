@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import cast
 
 import click
-from torch import nn
 
 import generators
 from core.downloads import local_file
 from core.errors import UserError
+from core.roles import Generator
 from generators import _onnx
 
 _path = click.Path(path_type=Path)
@@ -47,8 +46,8 @@ def refined(original: str, weights: str, out: Path) -> None:
     click.echo(f"{out}: {' and '.join(written)} refined, all else as in {original}")
 
 
-def _student(weights: str) -> nn.Module:
-    return cast(nn.Module, generators.load(weights))
+def _student(weights: str) -> Generator:
+    return generators.load(weights)
 
 
 if __name__ == "__main__":

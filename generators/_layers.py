@@ -139,7 +139,7 @@ class Mapping(nn.Module):
         return x
 
     @torch.no_grad()
-    def settle(self, *, count: int = 10_000) -> None:
+    def update_w_avg(self, *, count: int = 10_000) -> None:
         """Set w_avg, the centre of truncation, to the mean w of fixed draws under these weights."""
         draws, device = torch.Generator().manual_seed(0), self.w_avg.device
         latents = torch.randn(count, self.z_dim, generator=draws).to(device)

@@ -23,6 +23,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from core.disk import atomic_write
 from core.errors import UserError
+from core.roles import Generator
 from custom_ops import backend
 from pretrained import networks
 
@@ -34,7 +35,7 @@ _TOLERANCE = 1e-4
 """Of an image's largest value."""
 
 
-def export_onnx(student: nn.Module, path: str | Path, *, truncation: float = 1.0) -> float:
+def export_onnx(student: Generator, path: str | Path, *, truncation: float = 1.0) -> float:
     """Write a student as an ONNX file; return the largest difference between its images and
     PyTorch's, as a part of the largest value.
 
@@ -65,7 +66,7 @@ def export_onnx(student: nn.Module, path: str | Path, *, truncation: float = 1.0
 class _Fixed(nn.Module):
     """A copy of a student at one truncation; its shapes are the student's."""
 
-    def __init__(self, student: nn.Module, truncation: float) -> None:
+    def __init__(self, student: Generator, truncation: float) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).to(memory_format=torch.contiguous_format)
         self.settings = {} if truncation == 1 else {"truncation": truncation}
@@ -106,6 +107,8 @@ def _converted(fixed: _Fixed) -> ModelProto:
     except (torch.onnx.errors.OnnxExporterError, TorchDynamoException) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise UserError(f"this student cannot be exported: {reason}") from error
+
+    # drop the exporter's notes, add ours
     assert program is not None
     model = program.model_proto
     graph = model.graph

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core import plugins
 from core.config import Section, validate
 from core.errors import UserError
-from core.roles import Denoiser
+from core.roles import Denoiser, Generator
 from pretrained import networks
 from pretrained.nvidia_pickle import NetworkRecord
 
@@ -31,15 +31,15 @@ class Config(Section):
     """Settings of that family; null: it begins as a copy of the teacher."""
 
 
-class OneStepEDM(nn.Module):
+class OneStepEDM(Generator):
     """Latents and labels to images: [N, C, H, W] unit normal, [N] int64 -> [N, C, H, W] float32."""
 
-    def __init__(self, denoiser: nn.Module, *, config: Config) -> None:
+    def __init__(self, denoiser: Denoiser, *, config: Config) -> None:
         super().__init__()
         self.config, self.denoiser = config, denoiser
-        self.latent_shape: tuple[int, ...] = denoiser.image_shape
-        self.image_shape: tuple[int, int, int] = denoiser.image_shape
-        self.num_classes: int = denoiser.num_classes
+        self.latent_shape = denoiser.image_shape
+        self.image_shape = denoiser.image_shape
+        self.num_classes = denoiser.num_classes
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         sigma = latents.new_full((len(latents),), self.config.init_sigma)
@@ -69,10 +69,12 @@ def from_teacher(teacher: nn.Module, config: Config) -> OneStepEDM:
     shape = config.model_copy(
         update={
             "family": networks.family_of(teacher),
-            "network": teacher.config.model_dump(mode="json"),
+            "network": networks.config_of(teacher).model_dump(mode="json"),
         }
     )
-    return OneStepEDM(copy.deepcopy(teacher).requires_grad_(True), config=shape)
+    denoiser = copy.deepcopy(known)
+    denoiser.requires_grad_(True)
+    return OneStepEDM(denoiser, config=shape)
 
 
 def from_record(record: NetworkRecord) -> Config | None:

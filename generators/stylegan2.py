@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Section, validate
+from core.roles import Generator
 from custom_ops.bias_act import ACTIVATIONS, bias_act
 from custom_ops.conv2d import conv2d
 from custom_ops.upfirdn2d import fir_filter, upfirdn2d
@@ -103,7 +104,7 @@ def from_record(record: NetworkRecord) -> Config | None:
     return validate(Config, settings, source=f"its {record.class_name}")
 
 
-class StyleGAN2(nn.Module):
+class StyleGAN2(Generator):
     """A StyleGAN2 generator: [N, z_dim], [N] -> [N, C, H, W] float32, about [-1, 1]."""
 
     def __init__(self, config: Config) -> None:
@@ -138,9 +139,9 @@ class StyleGAN2(nn.Module):
             self.mapping(latents, labels, truncation=truncation), noise_mode=noise_mode
         )
 
-    def settle(self) -> None:
+    def update_w_avg(self) -> None:
         """Bring w_avg up to date with these weights."""
-        self.mapping.settle()
+        self.mapping.update_w_avg()
 
 
 class Synthesis(nn.Module):
@@ -154,17 +155,21 @@ class Synthesis(nn.Module):
         self.num_ws = 2 * len(self.resolutions)
 
     def forward(self, ws: Tensor, *, noise_mode: NoiseMode = "const") -> Tensor:
-        x, image = None, None
+        x: Tensor | None = None
+        image: Tensor | None = None
         first = 0
         for resolution in self.resolutions:
             block = getattr(self, f"b{resolution}")
             x, image = block(x, image, ws[:, first:], noise_mode=noise_mode)
             first += block.num_convolutions
+        assert image is not None, "every architecture ends in an image"
         return image
 
 
 class Block(nn.Module):
     """One resolution: two convolutions (one at 4x4), and what turns them into an image."""
+
+    resample_filter: Tensor
 
     def __init__(self, config: Config, resolution: int) -> None:
         super().__init__()
@@ -207,11 +212,15 @@ class Block(nn.Module):
         if hasattr(self, "torgb"):
             y = self.torgb(x, next(styles))
             image = y if image is None else image + y
+        assert x is not None
         return x, image
 
 
 class StyledConvolution(nn.Module):
     """Modulated 3x3 convolution, noise, bias and activation; upsamples by `up`."""
+
+    resample_filter: Tensor
+    noise_const: Tensor
 
     def __init__(
         self, config: Config, in_channels: int, out_channels: int, *, resolution: int, up: int = 1
@@ -276,6 +285,8 @@ class ToImage(nn.Module):
 
 class UpsampledProjection(nn.Module):
     """The shortcut of a resnet block: 1x1 convolution without bias, then upsampling by two."""
+
+    resample_filter: Tensor
 
     def __init__(self, config: Config, in_channels: int, out_channels: int) -> None:
         super().__init__()

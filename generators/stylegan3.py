@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Section, validate
+from core.roles import Generator
 from custom_ops.conv2d import conv2d
 from custom_ops.filtered_lrelu import filtered_lrelu
 from generators._layers import (
@@ -151,7 +152,7 @@ def signals(config: Config) -> list[Signal]:
     return found
 
 
-class StyleGAN3(nn.Module):
+class StyleGAN3(Generator):
     """A StyleGAN3 generator: [N, z_dim], [N] -> [N, C, H, W] float32, about [-1, 1]."""
 
     def __init__(self, config: Config) -> None:
@@ -180,14 +181,14 @@ class StyleGAN3(nn.Module):
         """Return images [N, C, H, W], a deterministic function. truncation: psi, 1 = none.
 
         update_magnitudes: first move each layer's `magnitude_ema` towards this batch, as the
-        published training does in its generator step (`update_emas`); w_avg has `settle`.
+        published training does in its generator step (`update_emas`); w_avg has `update_w_avg`.
         """
         ws = self.mapping(latents, labels, truncation=truncation)
         return self.synthesis(ws, update_magnitudes=update_magnitudes)
 
-    def settle(self) -> None:
+    def update_w_avg(self) -> None:
         """Bring w_avg up to date with these weights."""
-        self.mapping.settle()
+        self.mapping.update_w_avg()
 
 
 class Synthesis(nn.Module):
@@ -224,6 +225,10 @@ class FourierFeatures(nn.Module):
     Sine waves of fixed frequencies over the plane, which w rotates and moves, mixed by a learned
     matrix (Sec. 3.1 and appendix F.1). `transform` [3, 3] moves the image, for those who edit it.
     """
+
+    transform: Tensor
+    freqs: Tensor
+    phases: Tensor
 
     def __init__(self, w_dim: int, signal: Signal) -> None:
         super().__init__()
@@ -264,6 +269,10 @@ class FourierFeatures(nn.Module):
 
 class FilteredConvolution(nn.Module):
     """Modulated convolution, then a leaky ReLU between up- and downsampling (Sec. 3.2)."""
+
+    magnitude_ema: Tensor
+    up_filter: Tensor
+    down_filter: Tensor
 
     def __init__(self, config: Config, given: Signal, made: Signal, *, is_critical: bool) -> None:
         super().__init__()
@@ -307,6 +316,8 @@ class FilteredConvolution(nn.Module):
 
 class ToImage(nn.Module):
     """Features to image channels in float32: a modulated 1x1 convolution without demodulation."""
+
+    magnitude_ema: Tensor
 
     def __init__(self, config: Config, given: Signal, made: Signal, *, is_critical: bool) -> None:
         super().__init__()

@@ -40,12 +40,16 @@ def augment(images: Tensor, draws: Draws, *, probability: float) -> Augmented:
     """
     used = draws.uniform("augment", (5,)) < probability  # [N, 5]
     uniform, normal = draws.uniform("change", (4,)), draws.normal("change", (4,))
+
+    # parameters of each transformation, 0 where unused
     mirror = (uniform[:, 0] < 0.5).float()
     flip = (uniform[:, 1] < 0.5).float() * used[:, 0]
     scale = normal[:, 0] * used[:, 1]
     angle = (uniform[:, 2] * 2 - 1) * math.pi * used[:, 2]
     squeeze, direction = normal[:, 1] * used[:, 3], (uniform[:, 3] * 2 - 1) * math.pi
     shift = normal[:, 2:] * used[:, 4:]  # [N, 2]
+
+    # one affine map an image, and its description for the network
     change = (
         _translation(shift * (2 * _SHIFT))
         @ _rotation(direction)

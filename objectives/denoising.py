@@ -77,6 +77,8 @@ class Denoising:
                 "student.config.img_channels and student.config.img_resolution to those of the "
                 "images, or prepare them with python -m data prepare"
             )
+
+        # labels
         if classes and images.labels is None:
             raise UserError(
                 f"{images.source} has no labels, the denoiser has {classes} classes: "
@@ -87,6 +89,8 @@ class Denoising:
                 f"{images.source} has labels up to {images.num_classes - 1}, "
                 f"the denoiser has {classes} classes: give it as many as there are"
             )
+
+        # augmentation
         wanted = _augment.LABELS if self.config.augment_probability > 0 else None
         if wanted and getattr(denoiser, "augment_dim", 0) != wanted:
             raise UserError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from core.config import Section
 from core.distributed import unwrap
 from core.randomness import Draws
-from core.roles import LossOutput, Networks, Phase, Student
+from core.roles import Generator, LossOutput, Networks, Phase
 from objectives._dropout import dropping
 from objectives._noise import LogNormal, SigmaLaw, add_noise, column, denoising_loss, edm_weight
 
@@ -116,7 +116,7 @@ class Made(NamedTuple):
 
 def make(networks: Networks, draws: Draws, *, dropout: bool = False) -> Made:
     """Return the student's images of drawn latents and labels."""
-    student = cast(Student, unwrap(networks.student))
+    student = cast(Generator, unwrap(networks.student))
     latents = draws.normal("latents", student.latent_shape)
     labels = draws.integers("labels", student.num_classes) if student.num_classes else None
     with dropping(networks.student, draws.with_scope(f"{draws.scope}/make"), wanted=dropout):

@@ -86,8 +86,7 @@ def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Loa
 
 def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | None = None) -> None:
     """Write a network of ours in our format. Raises UserError if the file cannot be written."""
-    shape = network.config
-    assert isinstance(shape, BaseModel), type(network)
+    shape = config_of(network)
     files.save(
         path,
         family=family_of(network),
@@ -119,6 +118,13 @@ def save_refined(
             raise UserError(f"{original}: its {name} has {lost}, which the refined network has not")
     patch_pickle.write_refined(original, out, dict.fromkeys(replaced, tensors))
     return replaced
+
+
+def config_of(network: nn.Module) -> BaseModel:
+    """Return the Config that a network of ours was built from."""
+    config = network.config
+    assert isinstance(config, BaseModel), type(network)
+    return config
 
 
 def family_of(network: nn.Module) -> str:

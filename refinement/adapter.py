@@ -1,7 +1,7 @@
 """How a teacher sees the images of a student that makes larger ones, or others in colour.
 
 The student's images are shrunk, antialiased, and turned grey or grey into colour; the gradient goes
-back the same way. What does not survive the shrinking the teacher can neither judge nor improve.
+back the same way. Details lost in shrinking can neither be judged nor improved by the teacher.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def downsample(
 ) -> Downsample:
     """Return the adapter from a student's images to a teacher's, shapes (C, H, W).
 
-    Raises UserError where the student's images are smaller, or have another aspect.
+    Raises UserError if the student's images are smaller, or have another aspect.
     """
     (few, height, width), (many, low, narrow) = student_shape, teacher_shape
     if height < low or width < narrow:

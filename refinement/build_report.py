@@ -7,7 +7,8 @@ from statistics import fmean
 
 import torch
 
-from core.downloads import local_file, sha256_of
+from core.file import File
+from core.roles import Denoiser
 from core.run_log import (
     Best,
     Divergence,
@@ -25,20 +26,23 @@ from eval.feature_stats import kept_indices
 from eval.metrics.frechet import FID
 from eval.nearest import Drift, Nearness
 from refinement.adapter import Downsample
-from refinement.components import SAMPLED, Parts, found
+from refinement.components import Components
 from refinement.evaluation import logged_comparison, logged_metrics, teacher_scores
-from refinement.recipe import NetworkSection, Recipe
+from refinement.recipe import SAMPLE, TEACHER, NetworkSection, Recipe
 from refinement.run import Run, now, total_seconds
 from reports import data
 
 
 def report_of(run: Run) -> data.Report:
     """Return the report of a run, from the rows of its log up to its last checkpoint."""
-    recipe, parts, at = run.recipe, run.parts, run.state.images_seen
+    recipe, components, at = run.recipe, run.components, run.state.images_seen
     every = run.folder.log.rows()
     rows = [row for row in every if row.images_seen <= at]
     sessions = of_kind(rows, Session)
-    real = parts.evaluator and parts.evaluator.real
+    loaded = components.evaluator
+    real = loaded and loaded.real
+
+    # every field of the report, in its order
     return data.Report(
         name=recipe.name,
         before=logged_metrics(run.folder, "before", 0) or {},
@@ -46,13 +50,14 @@ def report_of(run: Run) -> data.Report:
         images=recipe.evaluation.images,
         first_seed=0,
         reference=real and provenance.ReferenceName.of(real),
-        extractor=parts.evaluator and provenance.ExtractorName.of(parts.evaluator.extractor),
+        extractor=components.evaluator
+        and provenance.ExtractorName.of(components.evaluator.extractor),
         environment=provenance.Environment.here(run.world.device, processes=run.world.size),
-        kernel_backend=parts.kernel_backend,
+        kernel_backend=components.kernel_backend,
         teacher_samples=_teacher_score(run),
-        real_halves=_real_halves(parts),
-        student=data.File(**file_of(recipe.student)),
-        teacher=data.File(**_teacher_file(recipe)),
+        real_halves=_real_halves(components),
+        student=file_of(recipe.student, recipe.files.student),
+        teacher=_teacher_file(recipe),
         sampler=_sampler(run),
         images_seen=at,
         started_at=min((session.started_at for session in sessions), default=run.started_at),
@@ -62,7 +67,7 @@ def report_of(run: Run) -> data.Report:
         curve=_curve(run, rows),
         drift=logged_comparison(run.folder, Drift, at),
         nearness=logged_comparison(run.folder, Nearness, at),
-        teacher_sees=_teacher_sees(parts),
+        teacher_sees=_teacher_sees(components),
         pair_seeds=tuple(pair_seeds(run)),
         notes=tuple(notes(every)),
         recipe=recipe.model_dump(mode="json"),
@@ -75,14 +80,14 @@ def pair_seeds(run: Run) -> list[int]:
 
 
 def neighbors(run: Run, made: data.Report, images_of: samples.ImagesOf) -> samples.Neighbors | None:
-    """Return pictures of the images after that come nearest to real ones, where those are at hand.
+    """Return pictures of the refined images nearest to real ones, if the images are available.
 
     images_of: of the student after.
     """
-    source, evaluator = run.recipe.evaluation.reference, run.parts.evaluator
-    if made.nearness is None or evaluator is None or source in (None, "teacher"):
+    source, evaluator = run.recipe.files.reference, run.components.evaluator
+    if made.nearness is None or evaluator is None or source is None:
         return None
-    path = local_file(found(source))
+    path = source.path
     if not reference.is_image_set(path):
         return None
     images, config = reference.image_set(path), evaluator.config.definitions
@@ -92,31 +97,32 @@ def neighbors(run: Run, made: data.Report, images_of: samples.ImagesOf) -> sampl
     return samples.Neighbors(tuple(seeds), images_of(seeds).cpu(), real)
 
 
-def file_of(section: NetworkSection) -> dict[str, str | None]:
-    """Return path and hash of a network's file, or the family whose weights were drawn."""
-    if section.family == "one_step_edm" and "network" not in (section.config or {"network": 0}):
-        return {"path": "a copy of the teacher", "sha256": None}
-    if section.weights is None:
-        return {"path": f"freshly drawn {section.family}", "sha256": None}
-    return {"path": section.weights, "sha256": sha256_of(local_file(found(section.weights)))}
+def file_of(section: NetworkSection, file: File | None) -> data.File:
+    """Return name and hash of a network's file, or a phrase for weights that came from none."""
+    if file is not None:
+        return data.File(file.shown, file.sha256)
+    copies_teacher = section.family == "one_step_edm" and "network" not in (section.config or {})
+    phrase = "a copy of the teacher" if copies_teacher else f"freshly drawn {section.family}"
+    return data.File(phrase, None)
 
 
-def _teacher_file(recipe: Recipe) -> dict[str, str | None]:
-    """Return path and hash of what the student learnt from: a teacher's weights, or images."""
+def _teacher_file(recipe: Recipe) -> data.File:
+    """Return name and hash of the source of the student's learning: a teacher, or images."""
     if recipe.teacher is not None:
-        return file_of(recipe.teacher)
-    path = local_file(found(recipe.objective.images))
-    return {"path": recipe.objective.images, "sha256": None if path.is_dir() else sha256_of(path)}
+        return file_of(recipe.teacher, recipe.files.teacher)
+    images = recipe.files.images
+    assert images is not None, "an objective without a teacher learns from images"
+    return data.File(images.shown, images.sha256)
 
 
 def _teacher_score(run: Run) -> data.SampleScore | None:
-    """Return how far the teacher's own samples are from the real images, where that is known."""
-    scores, made = teacher_scores(run), run.parts.teacher_samples
+    """Return the metrics of the teacher's own samples, if they were computed."""
+    scores, made = teacher_scores(run), run.components.teacher_samples
     return data.SampleScore(scores, made.images) if scores and made is not None else None
 
 
-def _real_halves(parts: Parts) -> data.SampleScore | None:
-    real = parts.evaluator and parts.evaluator.real
+def _real_halves(components: Components) -> data.SampleScore | None:
+    real = components.evaluator and components.evaluator.real
     if not real or real.halves_fid is None or real.images is None:
         return None
     return data.SampleScore({FID.name: real.halves_fid}, real.images // 2)
@@ -126,17 +132,22 @@ def _sampler(run: Run) -> str | None:
     """Return how a denoiser is sampled in this run, if one is: the teacher, or the student."""
     recipe = run.recipe
     if recipe.teacher is None:
+        assert isinstance(run.original, Denoiser), type(run.original)
         return edm_sampler.describe(run.original, recipe.sampler)
     settings = recipe.evaluation
-    is_sampled = settings.teacher == SAMPLED or settings.reference == "teacher"
+    is_sampled = settings.teacher == SAMPLE or settings.reference == TEACHER
     if recipe.mode == "gan" and not is_sampled:
         return None
-    return edm_sampler.describe(run.parts.teacher, recipe.sampler)
+    teacher = run.components.teacher
+    assert isinstance(teacher, Denoiser), type(teacher)
+    return edm_sampler.describe(teacher, recipe.sampler)
 
 
-def _teacher_sees(parts: Parts) -> str | None:
-    """Return the size of the images that the teacher sees, where it is not the student's."""
-    return size(parts.adapter.image_shape) if isinstance(parts.adapter, Downsample) else None
+def _teacher_sees(components: Components) -> str | None:
+    """Return the size of the images that the teacher sees, if it is not the student's."""
+    return (
+        size(components.adapter.image_shape) if isinstance(components.adapter, Downsample) else None
+    )
 
 
 def notes(rows: Sequence[Row]) -> Iterator[str]:

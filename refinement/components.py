@@ -1,11 +1,13 @@
-"""What a recipe names, loaded and checked against each other before anything is written."""
+"""The components of a run: networks, objective and evaluator of a recipe, checked together.
+
+Everything that can be refused is refused here, before anything is written.
+"""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,9 +17,9 @@ import generators
 import teachers
 from core import distributed, plugins
 from core.distributed import World
-from core.downloads import local_file
 from core.errors import UserError
-from core.roles import Objective
+from core.file import File
+from core.roles import Denoiser, Generator, Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
 from eval import edm_sampler, evaluator, reference, samples
@@ -27,212 +29,227 @@ from eval.reference import Reference
 from generators import one_step_edm
 from pretrained import networks
 from refinement import adapter
-from refinement.recipe import NetworkSection, Recipe, family_config
+from refinement.recipe import TEACHER, NetworkSection, Recipe, family_config
 
-ROOT = Path(__file__).resolve().parents[1]
 _TEACHER_SEED = 2**31
-"""First seed of the teacher's samples: a student of the same latents is not measured on them."""
-SAMPLED = "sample"
-"""As evaluation.teacher: the teacher is sampled in this run."""
+"""First seed of the teacher's samples: no student of the same latents is evaluated on them."""
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Everything a recipe names, loaded and checked against each other."""
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Everything that a recipe names, loaded and checked against each other."""
 
-    student: nn.Module
+    student: Generator | Denoiser
+    """A denoiser if it learns from real images."""
     teacher: nn.Module
-    """A bare module where the student learns from real images."""
+    """A Denoiser; a bare module if the student learns from real images."""
     adapter: nn.Module
     """From the student's images to the teacher's."""
     objective: Objective
     sampler: samples.Sampler
-    """How a denoiser is sampled."""
+    """Sampler of a denoiser."""
     evaluator: Evaluator | None
-    """What is measured; None: nothing. Without reference where that is the teacher's samples, until
-    `with_teacher_samples` made them.
+    """None: nothing is evaluated. Without real images if those are the teacher's samples, until
+    `with_teacher_samples` adds them.
     """
     kernel_backend: str
     teacher_samples: Reference | None = None
-    """Statistics of the teacher's own samples, where the recipe asks for them."""
+    """Statistics of the teacher's own samples, if the recipe asks for them."""
 
     def images_of(self, network: nn.Module) -> samples.ImagesOf:
         """Return a function from seeds to a network's images: a denoiser is sampled."""
         device = next(network.parameters()).device
-        sampler = None if hasattr(network, "latent_shape") else self.sampler
+        assert isinstance(network, Generator | Denoiser), type(network)
+        sampler = self.sampler if isinstance(network, Denoiser) else None
         return samples.images_of_seeds(network, sampler, device=device)
 
 
-def load_parts(recipe: Recipe, world: World) -> Parts:
-    """Return the parts of a recipe, networks on this rank's device.
+def load_components(recipe: Recipe, world: World) -> Components:
+    """Return the components of a recipe, networks on this rank's device.
 
-    Raises UserError where a file cannot be used, or student, teacher and reference do not fit each
+    Raises UserError if a file cannot be used, or student, teacher and reference do not fit each
     other.
     """
+    # rank 0 downloads what is not here yet
     with distributed.main_first(world):
-        teacher, student = _networks(recipe)
-        fitted = _adapter(recipe, student, teacher)
-        objective = _objective(recipe, student)
-        measures = _measures(recipe.evaluation, student, world)
-    measures, teacher_samples = _with_references(measures, recipe.evaluation, student)
+        teacher, student = load_networks(recipe)
+        fitted = build_adapter(recipe, student, teacher)
+        objective = build_objective(recipe, student)
+        loaded = load_evaluator(recipe, student, world)
+
+    # the ranks share the images of a reference
     layout = torch.channels_last
-    return Parts(
-        student.to(world.device, memory_format=layout),
-        teacher.to(world.device, memory_format=layout),
-        fitted,
-        objective,
-        partial(edm_sampler.sample, config=recipe.sampler),
-        measures,
-        backend.choose(recipe.kernels, world.device),
-        teacher_samples,
+    teacher_samples = None
+    if loaded is not None:
+        loaded = add_reference(loaded, recipe, student)
+        teacher_samples = read_teacher_samples(loaded, recipe, student)
+    return Components(
+        student=student.to(world.device).to(memory_format=layout),
+        teacher=teacher.to(world.device).to(memory_format=layout),
+        adapter=fitted,
+        objective=objective,
+        sampler=partial(edm_sampler.sample, config=recipe.sampler),
+        evaluator=loaded,
+        kernel_backend=backend.choose(recipe.kernels, world.device),
+        teacher_samples=teacher_samples,
     )
 
 
-def _networks(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
-    """Return teacher and student; a student that is to begin as the teacher is a copy of it."""
-    section, seed = recipe.student, recipe.training.seed
+def load_networks(recipe: Recipe) -> tuple[nn.Module, Generator | Denoiser]:
+    """Return teacher and student; a one-step student without a network of its own copies it."""
+    section, seed, files = recipe.student, recipe.training.seed, recipe.files
     if recipe.teacher is None:
-        return nn.Module(), _network(recipe.student_folder, section, seed=seed)
-    teacher = _network("teachers", recipe.teacher, seed=seed)
+        return nn.Module(), load_network(recipe.student_folder, section, files.student, seed=seed)
+    teacher = load_network("teachers", recipe.teacher, files.teacher, seed=seed)
     if section.config is not None and section.family == "one_step_edm":
         settings = cast(one_step_edm.Config, family_config("generators", section))
         if settings.network is None:
             return teacher, one_step_edm.from_teacher(teacher, settings)
-    return teacher, _network("generators", section, seed=seed)
+    return teacher, load_network("generators", section, files.student, seed=seed)
 
 
-def _network(folder: str, section: NetworkSection, *, seed: int) -> nn.Module:
-    if section.weights is None:
+def load_network(
+    folder: str, section: NetworkSection, file: File | None, *, seed: int
+) -> Generator | Denoiser:
+    """Return the network of a weights file, or one with weights drawn from the seed."""
+    if file is None:
         torch.manual_seed(seed)
         return plugins.load(folder, cast(str, section.family)).build(family_config(folder, section))
-    if folder == "teachers" and teachers.located(section.weights) != section.weights:
-        _log.info("%s: %s", section.weights, teachers.LICENCE)
-    path = local_file(found(section.weights), sha256=section.sha256)
-    loaded = {"generators": generators.load, "teachers": teachers.load}[folder](path)
-    family = networks.family_of(cast(nn.Module, loaded))
+    if folder == "teachers":
+        teachers.check_name(file.shown)
+    if file.licence is not None:
+        _log.info("%s: %s", file, file.licence)
+    load = {"generators": generators.load, "teachers": teachers.load}[folder]
+    network = load(file.path)
+    family = networks.family_of(network)
     if section.family not in (None, family):
-        raise UserError(
-            f"{section.weights} holds {family} weights, the recipe says {section.family}"
-        )
-    return cast(nn.Module, loaded)
+        raise UserError(f"{file} holds {family} weights, the recipe says {section.family}")
+    return network
 
 
-def _adapter(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> nn.Module:
-    """Return what turns the student's images into the teacher's.
+def build_adapter(recipe: Recipe, student: Generator | Denoiser, teacher: nn.Module) -> nn.Module:
+    """Return the map from the student's images to the teacher's.
 
-    Raises UserError where the two differ in resolution, channels or classes, and nothing does.
+    Raises UserError if the two differ in resolution, channels or classes, and nothing maps them.
     """
     if recipe.teacher is None:
         return nn.Identity()
+    assert isinstance(teacher, Denoiser), type(teacher)
     if student.num_classes != teacher.num_classes:
         raise UserError(
             f"the student has {student.num_classes} classes, the teacher {teacher.num_classes} "
             "(0 = unconditional): choose a teacher of the same classes"
         )
-    if tuple(student.image_shape) == tuple(teacher.image_shape):
+
+    # images of one shape need no map
+    if student.image_shape == teacher.image_shape:
         return nn.Identity()
     if recipe.teacher.adapter is None:
-        made, known = (size(network.image_shape) for network in (student, teacher))
+        sizes = [size(network.image_shape) for network in (student, teacher)]
         raise UserError(
-            f"the student makes images of {made}, the teacher denoises images of {known}: "
+            f"the student makes images of {sizes[0]}, the teacher denoises images of {sizes[1]}: "
             "choose a teacher of the same resolution and channels, or shrink the student's images "
             "for it with teacher.adapter=downsample"
         )
-    if recipe.evaluation.reference == "teacher" or recipe.evaluation.teacher is not None:
+
+    # a smaller teacher's samples cannot be compared
+    if recipe.evaluation.reference == TEACHER or recipe.evaluation.teacher is not None:
         raise UserError(
             "the teacher's samples have another size than the student's images, so there is no "
             "distance between them: set evaluation.reference to real images of the student's size, "
             "or to null, and evaluation.teacher to null"
         )
-    return adapter.downsample(tuple(student.image_shape), tuple(teacher.image_shape))
+    return adapter.downsample(student.image_shape, teacher.image_shape)
 
 
-def _objective(recipe: Recipe, student: nn.Module) -> Objective:
+def build_objective(recipe: Recipe, student: Generator | Denoiser) -> Objective:
     """Return the objective; one that learns from images has read them, and they fit the student."""
-    settings = recipe.objective
+    settings, images = recipe.objective, recipe.files.images
     build = plugins.load("objectives", settings.name).build
-    if recipe.mode != "teach":
+    if images is None:
         return build(settings)
-    built = build(settings.model_copy(update={"images": str(local_file(found(settings.images)))}))
-    built.check_fit(student)
-    return built
+    objective = build(settings.model_copy(update={"images": str(images.path)}))
+    objective.check_fit(student)
+    return objective
 
 
-def _measures(settings: evaluator.Config, student: nn.Module, world: World) -> Evaluator | None:
-    """Return what is measured, without its reference; None: nothing."""
-    for source in (settings.reference, settings.teacher):
-        if source not in (None, "teacher", SAMPLED):
-            local_file(found(source))  # a wrong path is said before an extractor is fetched
-    return evaluator.load(settings, image_shape=tuple(student.image_shape), world=world)
+def load_evaluator(recipe: Recipe, student: Generator | Denoiser, world: World) -> Evaluator | None:
+    """Return the evaluator without its real images; None: nothing is evaluated."""
+    for file in (recipe.files.reference, recipe.files.teacher_samples):
+        if file is not None:
+            _ = file.path  # a wrong path is said before an extractor is fetched
+    return evaluator.load(recipe.evaluation, image_shape=student.image_shape, world=world)
 
 
-def _with_references(
-    loaded: Evaluator | None, settings: evaluator.Config, student: nn.Module
-) -> tuple[Evaluator | None, Reference | None]:
-    """Return what is measured with its reference, and the teacher's own samples; nothing where that
-    comes later. The ranks share the work.
+def add_reference(loaded: Evaluator, recipe: Recipe, student: Generator | Denoiser) -> Evaluator:
+    """Return the evaluator with its real images, unless those are samples yet to be made.
 
-    Raises UserError where reference, samples or student do not serve the metrics.
+    The ranks share the work. Raises UserError if reference or student do not serve the metrics.
     """
-    if loaded is None:
-        return None, None
-    shape, made = tuple(student.image_shape), None
-    if settings.reference == "teacher":
-        kept = min(settings.images, settings.definitions.kept_images)
-        planned = Planned(settings.images, kept)
-        loaded.check(student=student, real=planned)
-    elif settings.reference is None:
-        loaded.check(student=student)
-    else:
-        real = evaluator.read_reference(found(settings.reference), loaded, image_shape=shape)
-        loaded = loaded.with_real(real)
-        loaded.check(student=student)
-    if settings.teacher not in (None, SAMPLED):
-        made = evaluator.read_reference(found(settings.teacher), loaded, image_shape=shape)
-    return loaded, made
+    config, file = recipe.evaluation, recipe.files.reference
+    walks = student if isinstance(student, Generator) else None
+    if config.reference == TEACHER:
+        kept = min(config.images, config.definitions.kept_images)
+        loaded.check(student=walks, real=Planned(config.images, kept))
+        return loaded
+    if file is not None:
+        shape = student.image_shape
+        loaded = loaded.with_real(evaluator.read_reference(file, loaded, image_shape=shape))
+    loaded.check(student=walks)
+    return loaded
+
+
+def read_teacher_samples(
+    loaded: Evaluator, recipe: Recipe, student: Generator | Denoiser
+) -> Reference | None:
+    """Return the statistics of the teacher's samples if the recipe names their file."""
+    file = recipe.files.teacher_samples
+    if file is None:
+        return None
+    return evaluator.read_reference(file, loaded, image_shape=student.image_shape)
 
 
 def with_teacher_samples(
-    parts: Parts, settings: evaluator.Config, folder: RunFolder, world: World
-) -> Parts:
-    """Return the parts with the teacher's own samples measured, where the recipe asks for that.
+    components: Components, recipe: Recipe, folder: RunFolder, world: World
+) -> Components:
+    """Return the components with statistics of the teacher's own samples, if the recipe asks.
 
     They are kept in the run's folder, so that a run samples its teacher once.
     """
-    is_reference = settings.reference == "teacher"
-    made, measures = parts.teacher_samples, parts.evaluator
-    if measures is None or not (is_reference or settings.teacher):
-        return parts
-    if made is None and distributed.broadcast_from_main(folder.teacher_samples.exists(), world):
-        made = reference.read_npz(folder.teacher_samples, measures.extractor)
-    elif made is None:
-        made = _sampled(parts, measures, settings)
-        if world.is_main:
-            reference.save_npz(folder.teacher_samples, made)
-    if is_reference:
-        measures = measures.with_real(made)
-    return replace(parts, teacher_samples=made, evaluator=measures)
-
-
-def _sampled(parts: Parts, measures: Evaluator, settings: evaluator.Config) -> Reference:
-    _log.info("sampling %d images of the teacher", settings.images)
-    seeds = range(_TEACHER_SEED, _TEACHER_SEED + settings.images)
-    images_of = parts.images_of(parts.teacher)
-    return reference.of_samples(
-        measures.feature_stats(images_of, seeds, also={"moments"}),
-        source="the teacher's own samples",
-        extractor=measures.extractor,
-        shape=parts.teacher.image_shape,
+    config, loaded, statistics = (
+        recipe.evaluation,
+        components.evaluator,
+        components.teacher_samples,
     )
+    is_reference = config.reference == TEACHER
+    if loaded is None or not (is_reference or config.teacher):
+        return components
+
+    # read them from the run's folder, or sample
+    is_kept = distributed.broadcast_from_main(folder.teacher_samples.exists(), world)
+    if statistics is None and is_kept:
+        statistics = reference.read_npz(folder.teacher_samples, loaded.extractor)
+    elif statistics is None:
+        statistics = sample_teacher(components, loaded)
+        if world.is_main:
+            reference.save_npz(folder.teacher_samples, statistics)
+
+    if is_reference:
+        loaded = loaded.with_real(statistics)
+    return replace(components, teacher_samples=statistics, evaluator=loaded)
 
 
-def found(source: str) -> str:
-    """Return a relative path as one that exists: from where the user is, else from this project.
-
-    The short name of a published teacher is its URL.
-    """
-    if source in teachers.CATALOGUE:
-        return teachers.CATALOGUE[source]
-    beside = ROOT / source
-    return str(beside) if not Path(source).exists() and beside.exists() else source
+def sample_teacher(components: Components, loaded: Evaluator) -> Reference:
+    """Return the statistics of as many samples of the teacher as the recipe evaluates."""
+    images, teacher = loaded.config.images, components.teacher
+    assert isinstance(teacher, Denoiser), type(teacher)
+    _log.info("sampling %d images of the teacher", images)
+    seeds = range(_TEACHER_SEED, _TEACHER_SEED + images)
+    images_of = components.images_of(teacher)
+    return reference.of_samples(
+        loaded.feature_stats(images_of, seeds, also={"moments"}),
+        source="the teacher's own samples",
+        extractor=loaded.extractor,
+        shape=teacher.image_shape,
+    )

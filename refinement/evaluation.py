@@ -16,6 +16,7 @@ from torch import nn
 
 from core import distributed
 from core.disk import atomic_write
+from core.roles import Denoiser, Generator
 from core.run_folder import RunFolder
 from core.run_log import Evaluation, ImageComparison
 from eval import samples
@@ -31,10 +32,10 @@ COMPARED_IMAGES = 1000
 _log = logging.getLogger(__name__)
 
 
-def evaluate(run: Run, when: Literal["before", "after"], student: nn.Module) -> None:
+def evaluate(run: Run, when: Literal["before", "after"], student: Generator | Denoiser) -> None:
     """Evaluate a student on all seeds and log the metrics, unless the log holds them already."""
     images_seen = 0 if when == "before" else run.state.images_seen
-    evaluator = run.parts.evaluator
+    evaluator = run.components.evaluator
     if evaluator is None:
         return
     is_logged = logged_metrics(run.folder, when, images_seen) is not None
@@ -44,7 +45,8 @@ def evaluate(run: Run, when: Literal["before", "after"], student: nn.Module) -> 
     settings = run.recipe.evaluation
     _log.info("measuring %s: %d x %d images", when, settings.seeds, settings.images)
     with timed(run, when):
-        results = evaluator.evaluate(run.parts.images_of(student), student=student)
+        walks = student if isinstance(student, Generator) else None
+        results = evaluator.evaluate(run.components.images_of(student), student=walks)
     if run.world.is_main:
         values = {metric: result.values for metric, result in results.items()}
         run.folder.log.append(Evaluation(images_seen=images_seen, when=when, metrics=values))
@@ -82,18 +84,20 @@ def while_training(
     Raises EvaluationCancelled at a request to stop, except after the last iteration.
     """
     settings = run.recipe.evaluation
-    images_of = run.parts.images_of(state.student_ema)
+    student = state.student_ema
+    assert isinstance(student, Generator | Denoiser), type(student)
+    images_of = run.components.images_of(student)
 
     # a grid of samples, by rank 0
     if run.world.is_main:
-        seeds, size = samples.pair_seeds(state.student_ema, 100), settings.batch_size
+        seeds, size = samples.pair_seeds(student, 100), settings.batch_size
         parts = [images_of(seeds[start : start + size]).cpu() for start in range(0, 100, size)]
         images = torch.cat(parts)
         with atomic_write(run.folder.samples / f"{state.images_seen:012d}.png") as partial:
             partial.write_bytes(figures.grid_picture(images, columns=10))
 
     # metrics, by all ranks
-    evaluator = run.parts.evaluator
+    evaluator = run.components.evaluator
     if settings.every_kimg == 0 or evaluator is None:
         return {}
     if state.images_seen >= run.recipe.training.total_images:
@@ -104,9 +108,9 @@ def while_training(
 def compare(run: Run, student: nn.Module) -> None:
     """Compare images one by one, before with after and after with real ones, and log the results.
 
-    Skipped where the log holds them. A denoiser that began as noise is not compared with itself.
+    Skipped if the log holds them. A denoiser that began as noise is not compared with itself.
     """
-    evaluator, images_seen = run.parts.evaluator, run.state.images_seen
+    evaluator, images_seen = run.components.evaluator, run.state.images_seen
     real = evaluator.real.features if evaluator and evaluator.real else None
     drifts = run.recipe.mode != "teach"
     if evaluator is None or not (drifts or real is not None):
@@ -119,9 +123,9 @@ def compare(run: Run, student: nn.Module) -> None:
     results: list[Drift | Nearness] = []
     with timed(run, "comparison"):
         device = evaluator.extractor.device
-        after = evaluator.features(run.parts.images_of(student), seeds).to(device)
+        after = evaluator.features(run.components.images_of(student), seeds).to(device)
         if drifts:
-            before = evaluator.features(run.parts.images_of(run.original), seeds).to(device)
+            before = evaluator.features(run.components.images_of(run.original), seeds).to(device)
             results.append(drift(before, after))
         if real is not None:
             results.append(nearness(after, real.to(device)))
@@ -142,7 +146,7 @@ def logged_comparison(folder: RunFolder, kind: type[T], images_seen: int) -> T |
 
 def teacher_scores(run: Run) -> dict[str, float]:
     """Return the metrics of the teacher's own samples, as far as their statistics give them."""
-    evaluator, teacher = run.parts.evaluator, run.parts.teacher_samples
+    evaluator, teacher = run.components.evaluator, run.components.teacher_samples
     if evaluator is None or teacher is None or teacher is evaluator.real:
         return {}
     return evaluator.evaluate_stored(teacher)

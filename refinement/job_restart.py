@@ -1,6 +1,6 @@
 """A job that is started again goes on with the run that it began, though its command begins one.
 
-torchrun --max-restarts starts the same command again where a process is lost, and Slurm does where
+torchrun --max-restarts starts the same command again if a process is lost, and Slurm does where
 a job is requeued. Both tell which job it is, and that it is not its first start. Each run folder
 notes the job that began it.
 """
@@ -17,7 +17,7 @@ from core.run_folder import RunFolder
 _RESTARTS = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "Slurm": "SLURM_RESTART_COUNT"}
 """Starter -> the variable that counts its starts of this job, from 0."""
 _NO_ID = "none"
-"""What torchrun calls a job that was given no id."""
+"""torchrun's name of a job without an id."""
 
 
 def note_job(folder: RunFolder) -> None:

@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import asdict
 
 from torch import nn
 
 import generators
 from core import distributed
-from core.downloads import local_file
 from core.errors import UserError
+from core.roles import Denoiser, Generator
 from eval import samples
 from pretrained import files, networks
 from refinement import build_report, evaluation
-from refinement.components import found, with_teacher_samples
+from refinement.components import with_teacher_samples
 from refinement.run import Run, log_session, timed
 from refinement.signals import stop_signal
 from reports import data, write
@@ -29,19 +30,25 @@ def train(run: Run) -> None:
     """Train to the end of the recipe. Raises loop.Interrupted, with the state saved, when asked to
     stop.
     """
+
+    # drop log rows behind the checkpoint
     if run.world.is_main:
         run.folder.log.keep_until(run.state.images_seen)
     distributed.barrier(run.world)
+
+    # evaluate before, unless the log has it
     _meet_teacher(run)
     evaluation.evaluate(run, "before", run.original)
     if run.state.images_seen >= run.recipe.training.total_images:
         return
+
+    # train
     with timed(run, "training"):
         evaluation.start_curve(run)
         with stop_signal() as stop_requested:
             trainer.Trainer(
                 run.state,
-                run.parts.objective,
+                run.components.objective,
                 run.recipe.training,
                 folder=run.folder,
                 world=run.world,
@@ -58,46 +65,53 @@ def finish(run: Run) -> data.Report:
     """Return the report of the run as it stands, after writing it and the refined weights."""
     _meet_teacher(run)
     evaluation.evaluate(run, "before", run.original)
+
+    # the refined weights
     student = copy.deepcopy(run.state.student_ema)
-    if hasattr(student, "settle"):
-        student.settle()
+    assert isinstance(student, Generator | Denoiser), type(student)
+    if isinstance(student, Generator):
+        student.update_w_avg()
     if run.world.is_main:
         provenance = {
-            "refined_from": build_report.file_of(run.recipe.student),
+            "refined_from": asdict(
+                build_report.file_of(run.recipe.student, run.recipe.files.student)
+            ),
             "images_seen": run.state.images_seen,
         }
         networks.save(run.folder.student, student, provenance=provenance)
         _save_refined_pickle(run, student)
+
+    # evaluate after, then report
     evaluation.evaluate(run, "after", student)
     evaluation.compare(run, student)
     log_session(run)
     made = build_report.report_of(run)
     if run.world.is_main:
-        near = build_report.neighbors(run, made, run.parts.images_of(student))
+        near = build_report.neighbors(run, made, run.components.images_of(student))
         write.write(run.folder.report, made, _pairs(run, student), near)
     return made
 
 
-def _pairs(run: Run, student: nn.Module) -> samples.Pairs:
-    """Return images of the same latents before and after, the teacher's too where it has them."""
-    seeds = build_report.pair_seeds(run)
+def _pairs(run: Run, student: Generator | Denoiser) -> samples.Pairs:
+    """Return images of the same latents before and after; the teacher's if it shares them."""
+    seeds, components = build_report.pair_seeds(run), run.components
+    shares_latents = _starts_from_noise(run)
     return samples.pairs(
-        run.parts.images_of(run.original),
-        run.parts.images_of(student),
+        components.images_of(run.original),
+        components.images_of(student),
         seeds,
         labels=samples.inputs_of(student, seeds).labels,
-        teacher=run.parts.images_of(run.parts.teacher) if _starts_from_noise(run) else None,
+        teacher=components.images_of(components.teacher) if shares_latents else None,
     )
 
 
 def _save_refined_pickle(run: Run, student: nn.Module) -> None:
-    """Where the student came in a published pickle, write that again with the refined weights."""
-    source = run.recipe.student.weights
-    original = None if source is None else local_file(found(source))
-    if original is None or not files.is_pickle(original):
+    """Write a published pickle of the student again, with the refined weights."""
+    file = run.recipe.files.student
+    if file is None or not files.is_pickle(file.path):
         return
     try:
-        written = generators.save_refined(original, run.folder.refined_pickle, student)
+        written = generators.save_refined(file.path, run.folder.refined_pickle, student)
     except UserError as error:
         _log.warning("no refined.pkl: %s", error)
         return
@@ -107,11 +121,11 @@ def _save_refined_pickle(run: Run, student: nn.Module) -> None:
 
 
 def _meet_teacher(run: Run) -> None:
-    """Take in the statistics of the teacher's own samples, where the recipe asks for them."""
-    run.parts = with_teacher_samples(run.parts, run.recipe.evaluation, run.folder, run.world)
+    """Add the statistics of the teacher's own samples to the components, if the recipe asks."""
+    run.components = with_teacher_samples(run.components, run.recipe, run.folder, run.world)
 
 
 def _starts_from_noise(run: Run) -> bool:
     """Return whether student and teacher make images from the same latents."""
     latents = getattr(run.original, "latent_shape", None)
-    return latents == getattr(run.parts.teacher, "image_shape", ())
+    return latents == getattr(run.components.teacher, "image_shape", ())

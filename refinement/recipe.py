@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+import teachers
 from core import config, plugins
 from core.config import ConfigError, Section
 from core.errors import UserError
+from core.file import File
 from custom_ops import backend
 from eval import edm_sampler, evaluator
 from eval.metrics.registry import metrics, parse
@@ -20,7 +23,7 @@ from training import trainer
 from training.divergence import WatchedMetric
 
 Mode = Literal["gan", "distill", "teach"]
-"""What a recipe is for: to refine a GAN, to distil a teacher, or to train one."""
+"""Purpose of a recipe: refine a GAN, distil a teacher, or train one."""
 
 
 def _objective_type() -> object:
@@ -32,18 +35,25 @@ def _objective_type() -> object:
 
 
 class NetworkSection(Section):
-    """Where a pretrained network comes from: a weights file, or a family and its settings."""
+    """Source of a network: a weights file, or a family and its settings."""
 
     family: str | None = None
     """Plug-in of generators/ or teachers/; null: as the weights file says."""
     weights: str | None = None
-    """Path (absolute, or relative to where you are) or URL of an NVIDIA pickle or our safetensors;
+    """Path (absolute, or relative to the current folder) or URL of an NVIDIA pickle or our
+    safetensors, or a run's folder;
     a published teacher's short name, such as edm-cifar10-32x32-uncond-vp.
     """
     sha256: str | None = None
     """Expected SHA-256 of the weights file; null: not checked."""
     config: dict[str, object] | None = None
     """Without weights: settings of the family, to start from freshly drawn weights."""
+
+    def file(self) -> File | None:
+        """Return the weights file; None for freshly drawn weights."""
+        if self.weights is None:
+            return None
+        return teachers.resolve(self.weights, sha256=self.sha256)
 
     @model_validator(mode="after")
     def _one_source(self) -> NetworkSection:
@@ -57,7 +67,7 @@ class NetworkSection(Section):
 
 
 class TeacherSection(NetworkSection):
-    """Where the teacher comes from, and how it sees the student's images."""
+    """Source of the teacher, and the map from the student's images to its own."""
 
     adapter: Literal["downsample"] | None = None
     """downsample: the student's images, larger than the teacher's or in other colours, are shrunk
@@ -65,25 +75,43 @@ class TeacherSection(NetworkSection):
     """
 
 
+SAMPLE = "sample"
+"""As evaluation.teacher: the teacher is sampled in this run."""
+TEACHER = "teacher"
+"""As evaluation.reference: the teacher's own samples are the reference."""
+
+
+@dataclass(frozen=True)
+class RecipeFiles:
+    """The files that a recipe names; None if it names none."""
+
+    student: File | None
+    teacher: File | None
+    images: File | None
+    """Of an objective that learns from real images."""
+    reference: File | None
+    teacher_samples: File | None
+
+
 class Recipe(Section):
-    """A run: who learns (student) from whom (teacher), by what (objective), how, measured how."""
+    """A run: student, teacher, objective, training and evaluation."""
 
     name: str = "run"
     """Name of the run's folder."""
     student: NetworkSection
-    """Who learns: a one-step generator; or a diffusion model, where the objective is denoising."""
+    """The network that learns: a one-step generator, or a diffusion model for denoising."""
     teacher: TeacherSection | None = None
-    """The diffusion model it learns from; null where it learns from real images (denoising)."""
+    """The diffusion model that it learns from; null for denoising, from real images."""
     objective: _objective_type()  # pyright: ignore[reportInvalidTypeForm]
-    """What is minimised."""
+    """The training objective."""
     training: trainer.Config = trainer.Config()
     """The loop."""
     evaluation: evaluator.Config = evaluator.Config()
-    """What is measured before, while and after."""
+    """Evaluations before, while and after training."""
     sampler: edm_sampler.Config = edm_sampler.Config()
-    """How a diffusion model is sampled for its own score."""
+    """Sampler of a diffusion model that is evaluated itself."""
     device: str = "auto"
-    """auto (CUDA where there is some), cpu, cuda or cuda:N."""
+    """auto (CUDA if there is any), cpu, cuda or cuda:N."""
     kernels: backend.KernelPolicy = "auto"
     """Custom operations: auto, native or reference."""
 
@@ -96,7 +124,7 @@ class Recipe(Section):
                 )
         elif self.teacher is not None:
             raise ValueError("objective denoising learns from images: leave teacher out")
-        elif self.evaluation.reference == "teacher" or self.evaluation.teacher is not None:
+        elif self.evaluation.reference == TEACHER or self.evaluation.teacher is not None:
             raise ValueError("evaluation names a teacher, and objective denoising has none")
         if self.mode == "gan" and self.objective.dropout.student:
             raise ValueError("objective.dropout.student is for one_step_edm: a GAN drops nothing")
@@ -113,6 +141,8 @@ class Recipe(Section):
                 f"{asks} needs measurements while training: set evaluation.every_kimg, or leave it "
                 "out"
             )
+
+        # the metric is evaluated while training
         watched, known = self.watched_metric.name, self._evaluated_while_training()
         if watched not in known:
             raise ValueError(
@@ -120,6 +150,8 @@ class Recipe(Section):
                 f"{', '.join(known) or 'none'} as training.keep.best; what is measured follows "
                 "from evaluation.metrics, reference and images_while_training"
             )
+
+        # and its direction is right
         better = "lowest" if metrics()[watched].better == "lower" else "highest"
         if keep.best is not None and keep.best_is != better:
             raise ValueError(
@@ -138,6 +170,20 @@ class Recipe(Section):
             and (config.reference is not None or not metrics()[name].compares)
         ]
 
+    @cached_property
+    def files(self) -> RecipeFiles:
+        """The files that the recipe names, each resolved once."""
+        evaluation, images = self.evaluation, getattr(self.objective, "images", None)
+        reference = None if evaluation.reference == TEACHER else evaluation.reference
+        samples = None if evaluation.teacher == SAMPLE else evaluation.teacher
+        return RecipeFiles(
+            student=self.student.file(),
+            teacher=self.teacher and self.teacher.file(),
+            images=_file(images),
+            reference=_file(reference),
+            teacher_samples=_file(samples),
+        )
+
     @property
     def watched_metric(self) -> WatchedMetric:
         """The metric that tells divergence, early stop and the best checkpoint.
@@ -152,7 +198,7 @@ class Recipe(Section):
 
     @property
     def mode(self) -> Mode:
-        """Return what the recipe is for."""
+        """Return the purpose of the recipe."""
         if self.objective.name == "denoising":
             return "teach"
         return "distill" if self.student.family == "one_step_edm" else "gan"
@@ -161,6 +207,10 @@ class Recipe(Section):
     def student_folder(self) -> str:
         """Return the folder of the student's family."""
         return student_folder(self.objective.name)
+
+
+def _file(source: str | None) -> File | None:
+    return None if source is None else teachers.resolve(source)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -197,12 +247,12 @@ def family_config(folder: str, section: NetworkSection) -> BaseModel:
 
 
 def student_folder(objective: object) -> str:
-    """Return the folder that holds the families of what an objective trains."""
+    """Return the folder of the families that an objective trains."""
     return "teachers" if objective == "denoising" else "generators"
 
 
 def _family_errors(role: str, section: object, folder: str) -> list[str]:
-    """Return what is wrong with a section's family and the settings of it, a line each."""
+    """Return the errors of a section's family and its settings, a line each."""
     try:
         section = TeacherSection.model_validate(section)
     except ValidationError:

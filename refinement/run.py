@@ -1,4 +1,4 @@
-"""A run as this process has it open: recipe and parts, folder, and where its training stands."""
+"""An open run: recipe, components, folder and training state, in this process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from torch import nn
-
 from core.distributed import World
-from core.roles import Networks
+from core.roles import Denoiser, Generator, Networks
 from core.run_folder import RunFolder
 from core.run_log import Session
-from refinement.components import Parts
+from refinement.components import Components
 from refinement.recipe import Recipe
 from training import checkpoint
 from training import state as training_state
@@ -32,13 +30,13 @@ def now() -> str:
 
 @dataclass
 class Run:
-    """One run in its folder: what it was given, and where it stands."""
+    """One run in its folder, with its training state."""
 
     recipe: Recipe
-    parts: Parts
+    components: Components
     folder: RunFolder
     world: World
-    original: nn.Module
+    original: Generator | Denoiser
     """The student before any training."""
     state: TrainState
     images_before: int = 0
@@ -48,10 +46,17 @@ class Run:
     started_at: str = field(default_factory=now)
 
 
-def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> Run:
-    """Return the run where its newest checkpoint left it, or at its start."""
-    original = copy.deepcopy(parts.student).eval().requires_grad_(False)
-    trio = Networks(parts.student, copy.deepcopy(parts.teacher), parts.teacher, parts.adapter)
+def open_run(recipe: Recipe, components: Components, folder: RunFolder, world: World) -> Run:
+    """Return the run at its newest checkpoint, or at its start."""
+    original = copy.deepcopy(components.student).eval().requires_grad_(False)
+    trio = Networks(
+        components.student,
+        copy.deepcopy(components.teacher),
+        components.teacher,
+        components.adapter,
+    )
+
+    # the state before the first image
     settings = recipe.training
     state = training_state.start(
         trio,
@@ -61,10 +66,12 @@ def open_run(recipe: Recipe, parts: Parts, folder: RunFolder, world: World) -> R
         shard=settings.shard,
         world=world,
     )
+
+    # the newest checkpoint, if any
     newest = checkpoint.restore_newest(state, folder, world)
     if newest is not None:
         _log.info("found %s: %d images seen", newest.name, state.images_seen)
-    return Run(recipe, parts, folder, world, original, state, state.images_seen)
+    return Run(recipe, components, folder, world, original, state, state.images_seen)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""How a run is asked to stop: signals become a question that the loop asks after each round.
+"""Requests to stop: signals set a flag that the loop reads after each iteration.
 
-SIGINT is Ctrl-C, SIGTERM what schedulers and torchrun send, SIGUSR1 the warning that Slurm is asked
-for with --signal=USR1@SECONDS. Each is answered with exit code `RESUME_ME`, where a run is left to
-go on with.
+SIGINT is Ctrl-C, SIGTERM comes from schedulers and torchrun, SIGUSR1 from Slurm (asked for with
+--signal=USR1@SECONDS). Each ends the process with exit code `RESUME_ME` if the run can be resumed.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import Final, NoReturn
 import click
 
 RESUME_ME: Final = getattr(os, "EX_TEMPFAIL", 75)
-"""Exit code of a run that was stopped and goes on with --resume: sysexits.h has it for what a later
-try may bring to an end.
+"""Exit code of a run that was stopped and goes on with --resume: sysexits.h has it for temporary
+failures.
 """
 _ONE_REQUEST_SECONDS = 1.0
 """Signals that come within this time ask for one thing."""
@@ -35,7 +34,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
     raises KeyboardInterrupt at once.
 
     Ctrl-C under torchrun arrives twice, from the terminal and from torchrun: that is one request.
-    Slurm's SIGTERM after its SIGUSR1 is no more urgent: what does not wait is SIGKILL.
+    Slurm's SIGTERM after its SIGUSR1 is no more urgent; only SIGKILL does not wait.
     """
     came: list[float] = []
 
@@ -65,8 +64,9 @@ def leave(sentence: str | None = None) -> NoReturn:
 
 
 def run_as_process(command: Callable[[], None]) -> None:
-    """Run a command that this process is for; where it ends to be resumed, the process is gone at
-    once. Python would clear up all objects first: seconds on a busy machine.
+    """Run this process's command; if it ends to be resumed, exit at once.
+
+    Python would clear up all objects first, which takes seconds on a busy machine.
     """
     try:
         command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from eval.display import ARROWS, metric_title
+from eval.metrics.display import ARROWS, metric_title
 from eval.metrics.registry import metrics
 from eval.samples import Neighbors, Pairs
 from reports._warnings import warnings

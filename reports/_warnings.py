@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.display import has_published_features, metric_title, number, shown
+from eval.metrics.display import has_published_features, metric_title, number, shown
 from eval.metrics.registry import MetricResult, metrics
 from reports.data import Report
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import UserError
-from eval.display import arrow, change, number, shown, unit
+from eval.metrics.display import arrow, change, number, shown, unit
 from eval.metrics.registry import MetricResult, metrics
 from reports.data import Report
 from reports.text import facts
@@ -117,7 +117,7 @@ def lines(compared: Comparison, metric: str) -> list[Line]:
 
 def summary(compared: Comparison) -> str:
     """Return the values and the warnings for a terminal."""
-    table = [("", *COLUMNS)]
+    table: list[tuple[str, ...]] = [("", *COLUMNS)]
     for metric in compared.metrics:
         table.append((title(metric), *[""] * len(COLUMNS)))
         table += [

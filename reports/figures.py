@@ -117,7 +117,7 @@ def _figure(width: int, height: int) -> Figure:
 
 def _paste(figure: Figure, tile: np.ndarray, x: float, y: float) -> None:
     height = figure.get_figheight() * 100
-    figure.figimage(tile, x, height - y - tile.shape[0], origin="upper")
+    figure.figimage(tile, round(x), round(height - y - tile.shape[0]), origin="upper")
 
 
 def _text(

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from core.downloads import short_sha256
-from eval.display import ARROWS, arrow, change, image_count, metric_title, number, shown, unit
+from eval.metrics.display import (
+    ARROWS,
+    arrow,
+    change,
+    image_count,
+    metric_title,
+    number,
+    shown,
+    unit,
+)
 from eval.metrics.registry import metrics
 from eval.provenance import ExtractorName
 from reports._warnings import warnings
@@ -40,8 +49,10 @@ def rows(report: Report) -> list[Row]:
 
 def columns(report: Report) -> tuple[str, ...]:
     """Return the titles of a table of rows; the teacher's column only where there is one."""
-    usual = report.extractor is None or report.extractor.name == "inception"
-    first = "metric" if usual else f"{report.extractor.name} features"
+    extractor = report.extractor
+    first = "metric"
+    if extractor is not None and extractor.name != "inception":
+        first = f"{extractor.name} features"
     titles = (first, "before", "after", "change")
     return (*titles, "teacher") if report.teacher_samples else titles
 

@@ -9,9 +9,9 @@ from typing import cast
 
 from core.roles import Denoiser
 from pretrained import networks
-from teachers._catalogue import CATALOGUE, LICENCE, located
+from teachers._catalogue import CATALOGUE, LICENCE, check_name, resolve
 
-__all__ = ["CATALOGUE", "LICENCE", "load", "located"]
+__all__ = ["CATALOGUE", "LICENCE", "check_name", "load", "resolve"]
 
 
 def load(source: str | Path) -> Denoiser:
@@ -21,5 +21,7 @@ def load(source: str | Path) -> Denoiser:
     Takes an EDM or EDM2 pickle (its ema), read as data, or our own safetensors; recognised by
     content. Raises core.errors.UserError where the file cannot be read or holds no denoiser.
     """
-    source = located(source) if isinstance(source, str) else source
+    if isinstance(source, str):
+        check_name(source)
+        source = resolve(source).path
     return cast(Denoiser, networks.load("teachers", source, records=("ema",)))

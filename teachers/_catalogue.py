@@ -1,7 +1,7 @@
-"""Short names of published teachers: where their authors keep them, under which licence.
+"""Short names of published teachers -> URL and licence, and files that users name.
 
-A name stands for a URL and nothing else; what the file holds follows from its content. No checksum
-is published for these files: a recipe may name one (`teacher.sha256`).
+A name stands for a URL and nothing else: the content of the file tells the rest. No checksums are
+published for these files; a recipe may give one (`teacher.sha256`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import difflib
 from pathlib import Path
 
 from core.errors import UserError
+from core.file import File
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 LICENCE = "CC BY-NC-SA 4.0: not for commercial use, and networks made from it likewise"
 _EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
@@ -25,13 +28,23 @@ CATALOGUE = {name.rpartition("/")[2]: f"{_EDM}/{name}.pkl" for name in _NAMES}
 """Short name -> URL of a network of Karras et al. 2022 (EDM)."""
 
 
-def located(source: str) -> str:
-    """Return the URL of a short name; a path or a URL as it is.
+def resolve(source: str, *, sha256: str | None = None) -> File:
+    """Return the file of a short name, a URL or a path.
 
-    Raises UserError, with the nearest names, for a bare word that is neither a name nor a file.
+    A relative path is looked for from the user's folder, then from the project's own. sha256: that
+    the file must have. Nothing is read.
     """
     if source in CATALOGUE:
-        return CATALOGUE[source]
+        return File(source, CATALOGUE[source], sha256, LICENCE)
+    beside = _ROOT / source
+    is_ours = not Path(source).exists() and beside.exists()
+    return File(source, str(beside) if is_ours else source, sha256)
+
+
+def check_name(source: str) -> None:
+    """Raise UserError with the nearest short names for a word that is neither name nor file."""
+    if source in CATALOGUE:
+        return
     is_bare = not any(mark in source for mark in ("/", "\\", ".")) and not Path(source).exists()
     if is_bare:
         near = difflib.get_close_matches(source, CATALOGUE, n=3, cutoff=0.0)
@@ -39,4 +52,3 @@ def located(source: str) -> str:
             f"{source} is no file, and none of the published teachers known by name; "
             f"the nearest are {', '.join(near)}"
         )
-    return source

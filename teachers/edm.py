@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.roles import Denoiser
 from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 from teachers._unets import DhariwalUNet, SongUNet
@@ -139,6 +140,8 @@ class Config(BaseModel):
                 raise ValueError(
                     f"{', '.join(foreign)}: only for SongUNet; remove or change model_type"
                 )
+
+        # arguments of another preconditioning
         own = set(_OWN_ARGUMENTS[self.preconditioning])
         others = sorted(set().union(*_OWN_ARGUMENTS.values()) - own)
         if foreign := [n for n in others if getattr(self, n) != fields[n].default]:
@@ -146,6 +149,8 @@ class Config(BaseModel):
                 f"{', '.join(foreign)}: not for preconditioning {self.preconditioning}; remove, or "
                 "change preconditioning"
             )
+
+        # numbers that do not fit each other
         if len(self.resample_filter) % 2:
             raise ValueError(f"resample_filter has {len(self.resample_filter)} taps; make it even")
         coarsest = 1 << (len(self.channel_mult) - 1)
@@ -168,7 +173,7 @@ class Coefficients(NamedTuple):
     c_noise: Tensor
 
 
-class EDMDenoiser(nn.Module):
+class EDMDenoiser(Denoiser):
     """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise) (EDM, Eq. 7).
 
     A `core.roles.Denoiser`. Random (dropout, of features and labels) in train mode only. F

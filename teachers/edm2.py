@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.roles import Denoiser
 from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 from teachers._mp_layers import (
@@ -144,7 +145,7 @@ class Config(BaseModel):
         return self.model_channels * (self.channel_mult_emb or max(self.channel_mult))
 
 
-class EDM2Denoiser(nn.Module):
+class EDM2Denoiser(Denoiser):
     """D(noisy; sigma) = c_skip noisy + c_out F(c_in noisy; c_noise), with EDM's coefficients.
 
     A `core.roles.Denoiser`. Train mode drops features and normalises the stored weights; eval
@@ -223,6 +224,8 @@ def from_record(record: NetworkRecord) -> Config | None:
         raise UserError(
             f"Precond network with arguments that EDM2's constructor does not take: {problems}"
         ) from error
+
+    # latent networks have no pixels
     if config.img_channels == _LATENT_CHANNELS:
         raise UserError(
             f"this EDM2 network denoises latents of an autoencoder ({_LATENT_CHANNELS} channels of "
@@ -339,7 +342,8 @@ class Block(nn.Module):
         resample: Resample | None = None,
     ) -> None:
         super().__init__()
-        self.is_encoder, self.resample, self.taps = kind == "enc", resample, config.resample_filter
+        self.is_encoder, self.taps = kind == "enc", config.resample_filter
+        self.resample: Resample | None = resample
         self.dropout, self.clip_act = config.dropout, config.clip_act
         self.res_balance, self.attn_balance = config.res_balance, config.attn_balance
         # As published, a block narrower than one head has no attention.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from core.roles import Denoiser
 from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 
@@ -57,7 +58,7 @@ class Config(BaseModel):
         return self
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(Denoiser):
     """The denoiser of sum_k pi_k N(m_k, diag v_k), m = means and log v = 2 log_stds.
 
     A `core.roles.Denoiser`.

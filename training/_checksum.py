@@ -1,4 +1,4 @@
-"""The seal on a checkpoint: the SHA-256 of the file, and what was measured on what it holds.
+"""Seal of a checkpoint: the SHA-256 of the file, and the metrics of its state.
 
 torch.save writes a zip archive, which may end in a comment. The seal is that comment, so that
 torch.load and unzip read a sealed file like any other: a JSON object of measurements, then 64
@@ -21,7 +21,7 @@ from pathlib import Path
 _DIGITS = 64
 _BLOCK_BYTES = 1 << 20
 _END = b"PK\x05\x06"
-"""What the last record of a zip archive begins with (APPNOTE.TXT, 4.3.16) …"""
+"""Signature of the last record of a zip archive (APPNOTE.TXT, 4.3.16)."""
 _END_BYTES = 22
 """… and its length with an empty comment, whose length stands in the last two bytes."""
 _DAMAGE = (
@@ -34,7 +34,7 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What reading bytes that are no whole zip archive can raise."""
+"""Exceptions of reading a damaged zip archive."""
 
 
 def seal(path: Path, scores: Mapping[str, float]) -> None:
@@ -52,7 +52,7 @@ def seal(path: Path, scores: Mapping[str, float]) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's file; None where each byte is as it was written.
+    """Return the damage of a checkpoint's file; None if each byte is as it was written.
 
     A file of the time before seals has the checksums of a zip archive alone: its tensors' bytes are
     checked, not those between them.
@@ -71,7 +71,7 @@ def damage(path: Path) -> str | None:
 
 
 def scores_of(path: Path) -> dict[str, float]:
-    """Return what was measured on a checkpoint; nothing where it has no seal that can be read."""
+    """Return the metrics in a checkpoint's seal; empty without a readable seal."""
     try:
         with zipfile.ZipFile(path) as archive:
             return dict(json.loads(archive.comment[:-_DIGITS] or b"{}"))

@@ -1,4 +1,4 @@
-"""Copies of a state's tensors in the computer's memory, made where the copies before them were.
+"""Host copies of a state's tensors, in the memory of the previous copies.
 
 New memory is slow to come by: the system clears each page when it is first written to.
 """
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def copied(value: T, before: object = None) -> T:
-    """Return a copy, all on the CPU, of tensors in dicts and lists; strides stay as they are, and
-    what is spread over processes becomes whole.
+    """Return a CPU copy of the tensors in dicts and lists, with their strides; shards become
+    full tensors.
 
-    before: an earlier copy, whose tensors are overwritten where they fit; the copy may hold them.
+    before: an earlier copy, whose tensors are overwritten if they fit; the copy may hold them.
     """
     return cast(T, _copied(value, before))
 

@@ -37,7 +37,7 @@ _DAMAGE = (
     UnpicklingError,
     ValueError,
 )
-"""What reading bytes that are no whole checkpoint of this run can raise."""
+"""Exceptions of reading bytes that are no intact checkpoint of this run."""
 
 
 class Retention(Section):
@@ -69,7 +69,7 @@ def save(
 ) -> Path:
     """Return the path of the checkpoint of this state, after writing it and removing old ones.
 
-    scores: metric -> what was measured on this state, if anything. Raises UserError where the disk
+    scores: metrics of this state, if it was evaluated. Raises UserError if the disk
     refuses; earlier checkpoints are then untouched.
     """
     return _write(_content(state), folder, keep, scores)
@@ -79,7 +79,7 @@ class Writer:
     """Writes checkpoints in the background: training waits only until its state is copied.
 
     All ranks save; the main one writes, one at a time. The next `save`, `wait` and the end of the
-    block wait for it and raise what it met: UserError where the disk refuses, and earlier
+    block wait for it and raise what it met: UserError if the disk refuses, and earlier
     checkpoints are then untouched. The copy takes as much of the computer's memory as a checkpoint,
     and is used again for the next.
     """
@@ -118,7 +118,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait; where the block was left by an error of its own, one met here is only logged."""
+        """Wait for the pending write; after an error in the block, an error here is only logged."""
         try:
             self.wait()
         except Exception as error:
@@ -130,7 +130,7 @@ class Writer:
 
 
 def newest(folder: RunFolder) -> Path | None:
-    """Return the path of the newest checkpoint, or None where there is none yet."""
+    """Return the path of the newest checkpoint, or None if there is none yet."""
     return next(reversed(_all(folder)), None)
 
 
@@ -141,23 +141,23 @@ def images_saved(folder: RunFolder) -> int:
 
 
 def best(folder: RunFolder, keep: Retention) -> Path | None:
-    """Return the path of the checkpoint with the best of the metric that decides what is kept; None
-    where none is to, or none was measured.
+    """Return the checkpoint with the best value of keep.best's metric; None if that is unset, or no
+    checkpoint was evaluated.
     """
     return _best(_all(folder), keep)
 
 
 def best_intact(folder: RunFolder, keep: Retention) -> Path | None:
-    """Return the path of what a diverged run goes back to: the best, if one is kept and whole, or
-    else the newest whole one. None where there is none yet.
+    """Return the checkpoint for a rollback: the best if it is kept and intact, else the newest
+    intact one. None without any.
     """
     chosen = best(folder, keep)
     return chosen if chosen is not None and damage(chosen) is None else _newest_whole(folder)
 
 
 def drop_after(path: Path, folder: RunFolder) -> None:
-    """Remove the checkpoints later than this one, the newest first: what is killed in between
-    leaves a run whose newest is one of them.
+    """Remove the checkpoints later than this one, the newest first, so that a kill in
+    between leaves a run whose newest checkpoint is one of them.
     """
     for later in reversed(_all(folder)):
         if later == path:
@@ -177,7 +177,7 @@ def restore_newest(state: TrainState, folder: RunFolder, world: World) -> Path |
     there is none yet.
 
     Those that are damaged are named in the log and set aside (NAME.pt.damaged). All ranks call it;
-    the main one chooses. Raises UserError where none is whole, or where the newest does not fit.
+    the main one chooses. Raises UserError if none is whole, or if the newest does not fit.
     """
     path = distributed.broadcast_from_main(_newest_whole(folder) if world.is_main else None, world)
     if path is not None:
@@ -186,14 +186,16 @@ def restore_newest(state: TrainState, folder: RunFolder, world: World) -> Path |
 
 
 def restore(state: TrainState, path: Path) -> None:
-    """Set the state to what a checkpoint holds.
+    """Restore the state from a checkpoint.
 
-    Raises UserError where the file is damaged (the state is then as it was) or does not fit (the
+    Raises UserError if the file is damaged (the state is then as it was) or does not fit (the
     state is then of no more use).
     """
     wrong = damage(path)
     if wrong is not None:
         raise UserError(f"{path} is damaged: {wrong}; delete it to go on from the one before")
+
+    # networks, average, optimizers, loss scales, count of images
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("student", "score"):

@@ -1,8 +1,8 @@
 """Networks compiled by torch.compile, for as long as they train.
 
 Each is compiled whole, for each shape, precision and mode that it is called in: that takes minutes
-once, and seconds where a run before left its results in torch's cache. What it returns is equal to
-the network's own result up to rounding; dropout draws the same numbers.
+once, and seconds once results lie in torch's cache. The compiled network's output equals
+the network's own up to rounding; dropout draws the same numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FORMS = 64
 def compiled(networks: Networks, mode: Mode | None, device: torch.device) -> Iterator[Networks]:
     """Yield the networks compiled: others, that share their parameters. None: just the networks.
 
-    Raises UserError where nothing can be compiled for the device.
+    Raises UserError if nothing can be compiled for the device.
     """
     if mode is None:
         yield networks
@@ -53,12 +53,12 @@ def compiled(networks: Networks, mode: Mode | None, device: torch.device) -> Ite
 
 
 def replays(mode: Mode | None) -> bool:
-    """Return whether CUDA graphs are replayed, whose results lie where the next replay's will."""
+    """Return whether CUDA graphs are replayed, which reuse the memory of their results."""
     return mode in ("reduce-overhead", "max-autotune")
 
 
 def _try_out(device: torch.device) -> None:
-    """Raise UserError where not even a sum can be compiled."""
+    """Raise UserError if not even a sum can be compiled."""
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:  # whatever compilers, drivers and torch say of it

@@ -1,4 +1,4 @@
-"""The `training` section of a recipe: what the loop is told."""
+"""The `training` section of a recipe."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Config(Section):
     anneal_kimg: float = Field(default=0.0, ge=0)
     """Thousands of images at the end over which both learning rates fall to 0."""
     precision: Precision = "float32"
-    """What networks compute in while training; weights and what is measured stay float32. bfloat16
-    is faster where the device has it; float16 is for GPUs without it, and scales its losses; tf32
+    """Precision of the networks while training; weights and evaluations stay float32. bfloat16
+    is faster if the device has it; float16 is for GPUs without it, and scales its losses; tf32
     is for GPUs. StyleGANs lower features of 16x16 and more.
     """
     compile: Mode | None = None

@@ -129,7 +129,7 @@ class DivergenceMonitor:
     def add_stats(self, images_seen: int, means: Mapping[str, float]) -> None:
         """Take a row of stats into the running medians.
 
-        Raises Diverged where a value is more than stats_factor times its median.
+        Raises Diverged if a value is more than stats_factor times its median.
         """
         factor, earlier = self.config.stats_factor, self._stats[-self.config.window_rows :]
         self._stats = [*earlier, dict(means)]
@@ -150,7 +150,7 @@ class DivergenceMonitor:
     def add_evaluation(self, images_seen: int, scores: Mapping[str, float]) -> None:
         """Take an evaluation into the curve.
 
-        Raises Diverged where the watched metric is worse than the first by metric_factor.
+        Raises Diverged if the watched metric is worse than the first by metric_factor.
         """
         self._add_score(images_seen, scores)
         factor, watched = self.config.metric_factor, self.watched
@@ -183,7 +183,7 @@ def roll_back(
 ) -> Rollback | None:
     """Restore the best intact checkpoint, drop everything later, and return the logged row.
 
-    None where settings or the lack of a checkpoint forbid it. All ranks call it, with no checkpoint
+    None if settings or the lack of a checkpoint forbid it. All ranks call it, with no checkpoint
     being written.
     """
     if monitor.is_spent:

@@ -3,7 +3,7 @@
 
 A process keeps a part of each parameter, with that part's gradient and optimizer state. Layers are
 gathered one after the other while the network runs and dropped again behind it, so that all
-processes must run it, equally often. A single process keeps all. FSDP is imported where it is
+processes must run it, equally often. A single process keeps all. FSDP is imported if it is
 used, which takes half a second.
 """
 
@@ -28,7 +28,7 @@ def shard(network: nn.Module, world: World) -> None:
     """Shard a network's parameters over the processes, in place.
 
     Each entry of its lists of layers is gathered by itself, the rest together. The network cannot
-    be copied any more. Raises UserError where a parameter has no dimension to split.
+    be copied any more. Raises UserError if a parameter has no dimension to split.
     """
     parameters = dict(network.named_parameters())
     if world.size == 1 or not parameters:

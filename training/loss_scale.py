@@ -24,11 +24,12 @@ class LossScale:
     good_updates: int = 0
     """Since the factor last changed."""
     is_fixed: bool = False
-    """Whether it stays what it is, and goes without saying."""
+    """Whether it never changes, and is not logged."""
 
     def loss_factor(self, *, batch_size: int, ranks: int) -> float:
-        """Return what a rank's sum of losses is multiplied by: gradients are then averaged over
-        ranks. In float16 their number comes later, so that no gradient grows with it.
+        """Return the factor on a rank's sum of losses; gradients are averaged over ranks.
+
+        In float16 the number of ranks is divided out later, so that no gradient grows with it.
         """
         return ranks / batch_size if self.is_fixed else self.value / batch_size
 
@@ -50,7 +51,7 @@ class LossScale:
             self.value, self.good_updates = self.value * 2, 0
 
     def lowered(self) -> bool:
-        """Return whether the factor could be halved; at 1 it is no longer what overflows."""
+        """Halve the factor and return True; at 1 the overflow has another cause: False."""
         if self.is_fixed or self.value <= 1:
             return False
         self.value, self.good_updates = self.value / 2, 0
@@ -65,4 +66,4 @@ class LossScale:
 
 
 ONE: Final = LossScale(1.0, is_fixed=True)
-"""What serves where gradients do not vanish: no factor."""
+"""Loss scale of precisions without underflow."""

@@ -141,7 +141,7 @@ class Progress:
 
 
 def _memory(device: torch.device) -> str:
-    """Return the most memory so far: of the GPU, what torch had in use; else, of this process."""
+    """Return the peak memory so far: torch's on a GPU, else this process's."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
     if sys.platform == "win32":

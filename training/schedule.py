@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Every:
-    """Due whenever images_seen crosses a multiple of `images`; never, where that is 0."""
+    """Due whenever images_seen crosses a multiple of `images`; never if that is 0."""
 
     images: int
 
     @classmethod
     def kimg(cls, kimg: float) -> Every:
-        """Return what is due every so many thousand images."""
+        """Return a schedule of every so many thousand images."""
         return cls(round(kimg * 1000))
 
     def due(self, before: int, after: int) -> bool:

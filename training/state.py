@@ -60,12 +60,12 @@ def optimizer_names() -> list[str]:
 
 @dataclass
 class TrainState:
-    """What changes while training. Equal states go on to equal states."""
+    """Training state: everything that changes. Equal states continue to equal states."""
 
     images_seen: int
     networks: Networks
     student_ema: nn.Module
-    """Moving average of the student, in eval mode: what is measured and published."""
+    """Moving average of the student, in eval mode: evaluated and published."""
     optimizers: dict[TrainedNetwork, torch.optim.Optimizer]
     lr_scale: float = 1.0
     """Both learning rates are multiplied by it: below 1 after a rollback. The readings hold it, not
@@ -87,7 +87,7 @@ def start(
     """Return the state before the first image. Freezes the teacher.
 
     shard: of student and score, those to be spread over the processes of the world, before their
-    optimizers are made; the student's average stays whole. Raises UserError where one cannot be.
+    optimizers are made; the student's average stays whole. Raises UserError if one cannot be.
     """
     networks.teacher.eval().requires_grad_(False)
     ema = copy.deepcopy(networks.student).eval().requires_grad_(False)

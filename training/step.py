@@ -56,8 +56,8 @@ def optimizer_step(
 ) -> dict[str, Tensor]:
     """Take one optimizer step on one global batch, and return its stats (0-dim tensors).
 
-    In float16 the step is skipped where scaled gradients overflowed. trained: the state's networks
-    from `wrap_for_ranks`. Raises Diverged where loss or gradient is not finite, before any weight
+    In float16 the step is skipped if scaled gradients overflowed. trained: the state's networks
+    from `wrap_for_ranks`. Raises Diverged if loss or gradient is not finite, before any weight
     changes.
     """
     learning: dict[TrainedNetwork, nn.Module] = {n: getattr(trained, n) for n in phase.trains}
@@ -156,7 +156,7 @@ def _checked_norms(
 ) -> dict[TrainedNetwork, Tensor]:
     """Return the norm of each network's averaged gradient, finite on every rank.
 
-    Empty where float16 gradients overflowed: the step is skipped and the next loss scaled less.
+    Empty if float16 gradients overflowed: the step is skipped and the next loss scaled less.
     Raises Diverged for any other value that is not finite.
     """
     scale.unscale(learning.values(), ranks=world.size)

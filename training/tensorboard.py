@@ -18,7 +18,7 @@ PACKAGE = "tensorboard"
 
 
 def require_package() -> None:
-    """Raise UserError where the package that writes event files is missing."""
+    """Raise UserError if the package that writes event files is missing."""
     if importlib.util.find_spec(PACKAGE) is None:
         raise UserError(
             f"training.tensorboard is on, and the package {PACKAGE} is missing: "
@@ -47,7 +47,7 @@ class Events:
         self._writer.flush()
 
     def add_samples(self, images_seen: int) -> None:
-        """Add the sample grid of this point, where one was written."""
+        """Add the sample grid of this point, if one was written."""
         path = self.folder.samples / f"{images_seen:012d}.png"
         if path.exists():
             with Image.open(path) as picture:

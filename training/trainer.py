@@ -109,7 +109,7 @@ class Trainer:
         return limit is not None and self.monitor.images_since_best() >= round(limit * 1000)
 
     def resume(self) -> None:
-        """Restore what no checkpoint holds: learning rates after a rollback, a missing evaluation.
+        """Restore learning rates after a rollback, and make up a missing evaluation.
 
         A run whose checkpoint turns out to be diverged rolls back to the one before it.
         """
@@ -141,7 +141,7 @@ class Trainer:
             self.writer.save(self.state, scores=scores)
 
     def after_iteration(self) -> None:
-        """Log, evaluate and save what is due. Raises Diverged and Interrupted."""
+        """Log, evaluate and save when due. Raises Diverged and Interrupted."""
         now = self.state.images_seen
         before, is_last = now - self.config.batch_size, now >= self.config.total_images
         stops = any_rank(self.stop_requested(), self.world) and not is_last
@@ -167,7 +167,7 @@ class Trainer:
             raise Interrupted
 
     def roll_back(self, error: Diverged) -> None:
-        """Go on from an earlier checkpoint. Raises the error where the settings forbid it."""
+        """Go on from an earlier checkpoint. Raises the error if the settings forbid it."""
         self._wait_for_writer()
         rollback = roll_back(
             self.state,
@@ -230,7 +230,7 @@ class Trainer:
     def _evaluate(self) -> Mapping[str, float]:
         """Return the metrics of the state, the same on all ranks, after logging them.
 
-        Raises Diverged where they are far worse than at the start, and EvaluationCancelled.
+        Raises Diverged if they are far worse than at the start, and EvaluationCancelled.
         """
         if self.evaluate is None:
             return {}

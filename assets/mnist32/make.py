@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import click
 import torch
@@ -28,6 +27,7 @@ import teachers
 from assets.mnist32 import adversarial
 from core.disk import atomic_write
 from core.distributed import World
+from core.roles import Generator
 from data.images import Images
 from eval import edm_sampler, features, reference
 from eval.evaluator import Config, Evaluator
@@ -105,7 +105,7 @@ def make_student(source: Path, digits: int, kimg: float, every_kimg: float) -> N
 def make_teacher_samples(images: int) -> None:
     """Compute the statistics of samples of the teacher with 18 steps, for the reports."""
     measures = _evaluator("fid", "kid", "precision", "recall", images=images)
-    teacher = cast(nn.Module, teachers.load(HERE / "teacher.safetensors"))
+    teacher = teachers.load(HERE / "teacher.safetensors")
     images_of = images_of_seeds(
         teacher, partial(edm_sampler.sample, config=edm_sampler.Config()), device="cpu"
     )
@@ -149,6 +149,7 @@ def _student_fid(*, count: int) -> Callable[[nn.Module], float]:
     measures = _evaluator("fid", images=count)
 
     def fid(student: nn.Module) -> float:
+        assert isinstance(student, Generator), type(student)
         images_of = images_of_seeds(student, device="cpu")
         return measures.evaluate(images_of)["fid"].mean
 

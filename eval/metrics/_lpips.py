@@ -20,6 +20,9 @@ _DEVIATION = (0.458, 0.448, 0.450)
 class LPIPS(nn.Module):
     """LPIPS: pairs of images [N, 3, H, W] float32 in [-1, 1] -> distances [N] >= 0."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(*_layers())

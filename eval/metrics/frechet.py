@@ -11,7 +11,7 @@ from eval.metrics.registry import Config, Generated, Metric, Real
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID, where the features are Inception's.
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)): FID if the features are Inception's.
 
     (Heusel et al., NeurIPS 2017, Eq. 6.)
     """
@@ -30,13 +30,13 @@ def _trace_of_root(first: np.ndarray, second: np.ndarray) -> float:
     With U^T U = S1, S1 S2 has the eigenvalues of the symmetric U S2 U^T, all real and none
     negative. The Cholesky factor U [rank, D] is pivoted, so that S1 may be singular.
     """
-    factor, order, rank, _ = linalg.lapack.dpstrf(first)
+    factor, order, rank, _ = linalg.lapack.dpstrf(first)  # pyright: ignore[reportAttributeAccessIssue]
     if rank == 0:
         return 0.0
     upper = np.triu(factor[:rank])
     reordered = second[np.ix_(order - 1, order - 1)]
     if rank == len(first):
-        product, _ = linalg.lapack.dsygst(
+        product, _ = linalg.lapack.dsygst(  # pyright: ignore[reportAttributeAccessIssue]
             reordered, upper, itype=2
         )  # half the work of two products
     else:

@@ -4,16 +4,16 @@
                        2020, Appendix D)
     ppl_zfull …        StyleGAN's own four: in Z or W, anywhere or at endpoints, faces cut out
 
-The distance between images is LPIPS, or between features of a small classifier where there is no
+The distance between images is LPIPS, or between features of a small classifier if there is no
 network to download. Two things differ from the published program: classes are drawn evenly, not as
-often as in a training set, and the noise inputs stay at their stored constants, where it draws new
-ones for each batch.
+often as in a training set, and the noise inputs stay at their stored constants, while that program
+draws new ones for each batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from core.distributed import World, all_gather_rows, local_range
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
+from core.roles import Generator
 from eval import _published, features
 from eval.metrics import _lpips
 from eval.metrics.registry import Metric
@@ -37,14 +38,14 @@ _LARGEST = 256
 
 
 class Walk(NamedTuple):
-    """Where steps are taken, and what of the images is looked at."""
+    """Place of the steps, and the part of the images that is compared."""
 
     in_w: bool
-    """In W, along straight lines; else in Z, along great circles."""
+    """Steps in W, along straight lines; else in Z, along great circles."""
     anywhere: bool
-    """Between the endpoints; else at the first one."""
+    """Steps between the endpoints; else at the first one."""
     cropped: bool
-    """Of the images only the part where the published data sets have faces."""
+    """Compare only the part of the images that holds the face in published data sets."""
 
 
 WALKS = {
@@ -103,7 +104,7 @@ def _load_lpips(device: torch.device) -> Distance:
 
 @torch.no_grad()
 def perceptual_path_length(
-    student: nn.Module,
+    student: Generator,
     distance: Distance,
     walk: Walk,
     *,
@@ -117,7 +118,7 @@ def perceptual_path_length(
 
     Of `images` pairs, those outside the percentiles 1 and 99 are left out. student: in eval mode,
     on the device of the world; in W it needs a `mapping` and a `synthesis`. Raises UserError where
-    it has none, or where a distance is not finite.
+    it has none, or if a distance is not finite.
     """
     if student.training:
         raise ValueError("the student must be in eval mode, so that its images are a function")
@@ -136,8 +137,8 @@ def perceptual_path_length(
     return _trimmed_mean(lengths.numpy())
 
 
-def check(student: nn.Module, walk: Walk) -> None:
-    """Raise UserError where the student has no W to walk in."""
+def check(student: Generator, walk: Walk) -> None:
+    """Raise UserError if the student has no W to walk in."""
     if walk.in_w and not (hasattr(student, "mapping") and hasattr(student, "synthesis")):
         raise UserError(
             "a path in W needs a student with a mapping network, and this one has none: measure a "
@@ -146,14 +147,14 @@ def check(student: nn.Module, walk: Walk) -> None:
 
 
 def _trimmed_mean(lengths: np.ndarray) -> float:
-    """Return the mean of what lies within the percentiles 1 and 99, both included."""
+    """Return the mean of the values within the percentiles 1 and 99, both included."""
     low = np.percentile(lengths, 1, method="lower")
     high = np.percentile(lengths, 99, method="higher")
     return float(lengths[(low <= lengths) & (lengths <= high)].mean())
 
 
 def _steps(
-    student: nn.Module, walk: Walk, seeds: Sequence[int], *, epsilon: float, device: torch.device
+    student: Generator, walk: Walk, seeds: Sequence[int], *, epsilon: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the images [N, C, H, W] before and after each seed's step."""
     draws = _draws(student, walk, seeds)
@@ -161,9 +162,10 @@ def _steps(
     labels = None if draws.labels is None else draws.labels.repeat(2).to(device)
     if walk.in_w:
         ends = torch.cat([draws.start, draws.end]).to(device, torch.float32)
-        start, end = student.mapping(ends, labels).chunk(2)  # [N, num_ws, w_dim] each
+        mapping, synthesis = _halves(student)
+        start, end = mapping(ends, labels).chunk(2)  # [N, num_ws, w_dim] each
         weight = places.to(device, torch.float32)[:, None, None]
-        made = student.synthesis(start.repeat(2, 1, 1).lerp(end.repeat(2, 1, 1), weight))
+        made = synthesis(start.repeat(2, 1, 1).lerp(end.repeat(2, 1, 1), weight))
     else:
         shape = [2] + [1] * (draws.start.ndim - 1)
         latents = great_circle(draws.start.repeat(shape), draws.end.repeat(shape), places)
@@ -173,7 +175,7 @@ def _steps(
 
 
 class _Draws(NamedTuple):
-    """Where the steps of some seeds are taken."""
+    """Endpoints of the steps of some seeds."""
 
     start: Tensor
     """[N, *latent_shape] float64."""
@@ -185,7 +187,12 @@ class _Draws(NamedTuple):
     """[N] int64."""
 
 
-def _draws(student: nn.Module, walk: Walk, seeds: Sequence[int]) -> _Draws:
+def _halves(student: Generator) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return mapping and synthesis of a student that `check` has found to have them."""
+    return cast(nn.Module, student.mapping), cast(nn.Module, student.synthesis)
+
+
+def _draws(student: Generator, walk: Walk, seeds: Sequence[int]) -> _Draws:
     """Return of each seed's stream two latents, then a uniform label, then a place."""
     ends, places, labels = [], [], []
     for seed in seeds:
@@ -217,7 +224,7 @@ def great_circle(start: Tensor, end: Tensor, place: Tensor) -> Tensor:
 
 
 def _looked_at(images: Tensor, walk: Walk) -> Tensor:
-    """Return what of the images is compared: maybe a part, and averaged down to 256 pixels.
+    """Return the compared part of the images, averaged down to at most 256 pixels.
 
     The part is 4/8 by 4/8 of them, beginning 3/8 from the top and 2/8 from the left; the factor is
     that of the whole image, as in the published program.

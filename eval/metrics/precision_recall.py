@@ -25,7 +25,7 @@ class PrecisionRecall(NamedTuple):
 def precision_and_recall(generated: Tensor, real: Tensor, *, neighbors: int = 3) -> PrecisionRecall:
     """Return improved precision and recall (Kynkaanniemi et al., NeurIPS 2019, Eq. 1 and 2).
 
-    An image lies among a set where it is no further from one of the set's images than that one's
+    An image lies among a set if it is no further from one of the set's images than that one's
     `neighbors`-th nearest other. generated [N, D], real [M, D], on any device.
     """
     check_pair(generated, real, least=neighbors + 1)

@@ -60,12 +60,12 @@ class Real(Moments, Protocol):
 
     @property
     def images(self) -> int | None:
-        """How many images; None where that is not known."""
+        """How many images; None if that is not known."""
         ...
 
     @property
     def features(self) -> Tensor | None:
-        """[M, D] features of up to `kept_images` of them; None where they were not kept."""
+        """[M, D] features of up to `kept_images` of them; None if they were not kept."""
         ...
 
 
@@ -89,17 +89,17 @@ class Generated(Moments, Protocol):
 
     @property
     def features(self) -> Tensor | None:
-        """[N, D] features of up to `kept_images` of them; None where they were not kept."""
+        """[N, D] features of up to `kept_images` of them; None if they were not kept."""
         ...
 
     @property
     def classes(self) -> ClassStatistics | None:
-        """Sums of class probabilities; None where they were not collected."""
+        """Sums of class probabilities; None if they were not collected."""
         ...
 
 
 Compute = Callable[[Generated, Real | None, Config, torch.device], Mapping[str, float]]
-"""Values by metric name; the real images are None where the metric does not compare."""
+"""Values by metric name; the real images are None if the metric does not compare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Metric:
     published_features: str
     """The extractor of published values."""
     compute: Compute | None
-    """One computation may give several metrics; None where it needs the student itself."""
+    """One computation may give several metrics; None if it needs the student itself."""
     least_images: Callable[[Config], int]
     """Fewest images, of each kind that it looks at."""
     position: int
@@ -187,7 +187,7 @@ def parse(names: Iterable[str]) -> tuple[Request, ...]:
 
     fid50k_full is the FID of 50,000 generated against all real images, fid50k against 50,000 at
     most; so are kid50k_full, is50k, pr50k3_full, with any number of thousands; ppl2_wend and its
-    kin are explained in path_length.py. Raises UserError for any other name, or where two ask for
+    kin are explained in path_length.py. Raises UserError for any other name, or if two ask for
     the same metric.
     """
     requests = tuple(map(_request, names))
@@ -348,7 +348,7 @@ def check_pair(generated: Tensor, real: Tensor, *, least: int) -> None:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """One metric over several seeds: what a report shows as mean ± std."""
+    """One metric over several seeds, displayed as mean ± std."""
 
     values: tuple[float, ...]
     """One value a seed range, in order."""

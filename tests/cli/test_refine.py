@@ -21,7 +21,7 @@ from core.run_folder import RunFolder
 from core.run_log import Evaluation, ImageComparison
 from eval import samples
 from eval.evaluator import Evaluator
-from refinement.components import load_parts, with_teacher_samples
+from refinement.components import load_components, with_teacher_samples
 from refinement.recipe import read_recipe
 from reports import figures
 
@@ -110,8 +110,8 @@ def test_the_report_gives_mean_and_spread_over_seeds(finished: Finished) -> None
 def test_the_refined_weights_measure_as_the_report_says(finished: Finished) -> None:
     """generators.load opens student.safetensors, and its FID is the report's "after"."""
     recipe = read_recipe(finished.recipe)
-    parts = load_parts(recipe, ALONE)
-    parts = with_teacher_samples(parts, recipe.evaluation, finished.folder, ALONE)
+    parts = load_components(recipe, ALONE)
+    parts = with_teacher_samples(parts, recipe, finished.folder, ALONE)
     assert parts.evaluator is not None
     images_of = parts.images_of(generators.load(finished.folder.student))
     found = parts.evaluator.evaluate(images_of)
@@ -134,7 +134,7 @@ def test_the_teacher_is_sampled_once_with_the_steps_of_the_recipe(
 def test_the_refined_weights_make_the_images_of_the_picture(finished: Finished) -> None:
     """The report's picture, pixel for pixel, is what the student before and after makes."""
     recipe = read_recipe(finished.recipe)
-    parts = load_parts(recipe, ALONE)
+    parts = load_components(recipe, ALONE)
     before, after = map(parts.images_of, (parts.student, generators.load(finished.folder.student)))
     seeds = samples.pair_seeds(parts.student, recipe.evaluation.pairs)
     pairs = samples.pairs(before, after, seeds, labels=None)

@@ -12,10 +12,10 @@ import torch
 import eval.metrics
 from core.distributed import World
 from core.errors import UserError
-from eval import display, features
+from eval import features
 from eval.evaluator import Config, Evaluator
 from eval.feature_stats import FeatureStatistics
-from eval.metrics import registry
+from eval.metrics import display, registry
 from eval.reference import Reference
 from repository import ROOT
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.roles import Denoiser
 from eval import samples
 
 
@@ -95,7 +96,7 @@ def test_an_image_that_is_not_finite_names_its_seed() -> None:
 
 def test_churned_images_do_not_depend_on_their_company() -> None:
     """The noise that a sampler adds at a step follows from seed and step alone."""
-    denoiser = nn.Module()
+    denoiser = Denoiser()
     denoiser.image_shape, denoiser.num_classes = (1, 3, 3), 0
 
     def sampler(network: nn.Module, latents: Tensor, labels: object, noise: object) -> Tensor:

@@ -226,13 +226,13 @@ def test_truncation_can_spare_the_finer_layers() -> None:
 def test_settling_sets_the_average_to_the_mean_w(c_dim: int) -> None:
     """w_avg is the mean over other latents too, to 5 standard errors, and twice the same."""
     student = small_stylegan2(c_dim=c_dim)
-    student.settle()
+    student.update_w_avg()
     settled = student.mapping.w_avg.clone()
     with torch.no_grad():
         w = student.mapping.one(*inputs(student, 9000))
     assert ((settled - w.mean(0)).abs() < 5 * w.std(0) * (2 / 9000) ** 0.5).all()
     torch.rand(3)
-    student.settle()
+    student.update_w_avg()
     assert torch.equal(student.mapping.w_avg, settled)
 
 

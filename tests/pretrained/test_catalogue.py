@@ -9,13 +9,15 @@ import pytest
 import teachers
 from cli_runs import call, tiny_recipe
 from core.errors import UserError
-from teachers._catalogue import CATALOGUE, located
+from teachers import CATALOGUE, LICENCE, check_name, resolve
 
 
 def test_a_short_name_is_the_url_of_its_file() -> None:
     """Every name is that of its file; baselines stand in a folder of their own."""
     for name, url in CATALOGUE.items():
-        assert located(name) == url
+        file = resolve(name)
+        assert (file.shown, file.location, file.licence) == (name, url, LICENCE)
+        check_name(name)
         assert url.startswith("https://") and url.endswith(f"/{name}.pkl")
         assert ("/baseline/" in url) == name.startswith("baseline-")
 
@@ -25,7 +27,8 @@ def test_paths_and_urls_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     Path("mine").touch()
     for source in ("mine", "mine.pkl", "folder/mine", "https://example.org/x"):
-        assert located(source) == source
+        check_name(source)
+        assert (resolve(source).location, resolve(source).licence) == (source, None)
 
 
 def test_an_unknown_name_lists_near_ones() -> None:

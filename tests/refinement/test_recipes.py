@@ -15,7 +15,7 @@ from core import config
 from core.distributed import World
 from core.errors import UserError
 from core.roles import Networks
-from refinement.components import Parts, load_parts
+from refinement.components import Components, load_components
 from refinement.recipe import Recipe, read_recipe
 from repository import ROOT
 from training import state, step
@@ -112,7 +112,7 @@ def test_the_conditional_cifar10_recipe_takes_networks_of_the_published_shapes()
     assert not torch.allclose(images[0], images[1])
 
 
-def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Parts]:
+def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Components]:
     """Return a CIFAR-10 recipe and its parts, with families and shapes in place of weights.
 
     Shapes: StyleGAN2-ADA's configuration "cifar", EDM's DDPM++.
@@ -141,7 +141,7 @@ def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Parts]:
             ),
         ],
     )
-    return recipe, load_parts(recipe, ALONE)
+    return recipe, load_components(recipe, ALONE)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ ARROWS = "↓ lower is better, ↑ higher"
 
 
 def metric_title(metric: str, extractor: ExtractorName | None) -> str:
-    """Return a metric's name for a reader, with the extractor's where it is not the usual one."""
+    """Return a metric's label, with the extractor's name if it is not that of published values."""
     about = metrics()[metric]
     if extractor is None or has_published_features(metric, extractor.name):
         return about.label
@@ -18,7 +18,7 @@ def metric_title(metric: str, extractor: ExtractorName | None) -> str:
 
 
 def shown(metric: str, result: MetricResult) -> str:
-    """Return "24.1 ± 0.2": two decimals, fewer where mean and spread are large."""
+    """Return "24.1 ± 0.2": two decimals, fewer if mean and spread are large."""
     times = metrics()[metric].scale
     mean, std = result.mean * times, result.std * times
     if len(result.values) < 2:
@@ -28,13 +28,13 @@ def shown(metric: str, result: MetricResult) -> str:
 
 
 def number(metric: str, value: float) -> str:
-    """Return a value, or a difference of two, of a metric as it is shown."""
+    """Return a displayed value, or difference of two values, of a metric."""
     value *= metrics()[metric].scale
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def change(before: MetricResult, after: MetricResult) -> str:
-    """Return the relative change in per cent, or how many times as much where that is a lot."""
+    """Return the relative change in per cent, or the factor if that is large."""
     if before.mean <= 0:  # a KID may be
         return "n/a"
     times = after.mean / before.mean
@@ -47,7 +47,7 @@ def image_count(images: int | None) -> str:
 
 
 def unit(metric: str) -> str:
-    """Return what stands behind a metric's title, such as ", %"."""
+    """Return the unit to append to a metric's title, such as ", %"."""
     return f", {metrics()[metric].unit}" if metrics()[metric].unit else ""
 
 
