@@ -287,25 +287,23 @@ def curve_picture(drawing: CurveDrawing, *, title: str) -> bytes:
     axes.axis("off")
 
     # grid and ticks
-    across = {"xmin": drawing.left, "xmax": drawing.right}
-    text = {"color": _QUIET, "fontsize": 10, "va": "center"}
+    left, right = drawing.left, drawing.right
     for tick in drawing.value_ticks:
-        axes.hlines(tick.y, **across, color=_GRID, linewidth=1)
-        axes.text(tick.x - 8, tick.y, tick.text, ha="right", **text)
+        axes.hlines(tick.y, left, right, color=_GRID, linewidth=1)
+        axes.text(tick.x - 8, tick.y, tick.text, ha="right", va="center", color=_QUIET)
     for tick in drawing.images_seen_ticks:
-        axes.text(tick.x, tick.y + 16, tick.text, ha="center", **text)
+        axes.text(tick.x, tick.y + 16, tick.text, ha="center", va="center", color=_QUIET)
 
     # levels, then the curve over them
     for level, color in zip(drawing.levels, itertools.cycle(_LEVEL_COLORS), strict=False):
-        axes.hlines(level.y, **across, color=color, linestyle="--", linewidth=1.2)
-        axes.text(drawing.right + 6, level.text_y, level.text, **(text | {"color": color}))
+        axes.hlines(level.y, left, right, color=color, linestyle="--", linewidth=1.2)
+        axes.text(right + 6, level.text_y, level.text, va="center", color=color)
     for line in drawing.lines:
         xs, ys = [dot.x for dot in line.dots], [dot.y for dot in line.dots]
-        style = {"color": _AFTER, "linewidth": 2.2, "marker": "o", "markersize": 4.5}
-        axes.plot(xs, ys, clip_on=False, **style)
+        axes.plot(xs, ys, color=_AFTER, linewidth=2.2, marker="o", markersize=4.5, clip_on=False)
         for dot in (line.dots[0], line.dots[-1]):
-            value = {"ha": "center", "va": "bottom", "weight": "bold", "color": _AFTER}
-            axes.text(dot.x, dot.y - 6, dot.value, fontsize=11, **value)
+            place = (dot.x, dot.y - 6)
+            axes.text(*place, dot.value, ha="center", color=_AFTER, fontsize=11, weight="bold")
 
     # words
     _text(figure, drawing.left * scale, 32, title, size=13, weight="bold")
