@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -288,22 +288,35 @@ def curve_picture(drawing: CurveDrawing, *, title: str) -> bytes:
 
     # grid and ticks
     left, right = drawing.left, drawing.right
+    text: dict[str, Any] = {"color": _QUIET, "fontsize": 10, "va": "center"}
     for tick in drawing.value_ticks:
         axes.hlines(tick.y, left, right, color=_GRID, linewidth=1)
-        axes.text(tick.x - 8, tick.y, tick.text, ha="right", va="center", color=_QUIET)
+        axes.text(tick.x - 8, tick.y, tick.text, ha="right", **text)
     for tick in drawing.images_seen_ticks:
-        axes.text(tick.x, tick.y + 16, tick.text, ha="center", va="center", color=_QUIET)
+        axes.text(tick.x, tick.y + 16, tick.text, ha="center", **text)
 
     # levels, then the curve over them
     for level, color in zip(drawing.levels, itertools.cycle(_LEVEL_COLORS), strict=False):
         axes.hlines(level.y, left, right, color=color, linestyle="--", linewidth=1.2)
-        axes.text(right + 6, level.text_y, level.text, va="center", color=color)
+        colored: dict[str, Any] = text | {"color": color}
+        axes.text(right + 6, level.text_y, level.text, **colored)
     for line in drawing.lines:
         xs, ys = [dot.x for dot in line.dots], [dot.y for dot in line.dots]
-        axes.plot(xs, ys, color=_AFTER, linewidth=2.2, marker="o", markersize=4.5, clip_on=False)
+        style: dict[str, Any] = {
+            "color": _AFTER,
+            "linewidth": 2.2,
+            "marker": "o",
+            "markersize": 4.5,
+        }
+        axes.plot(xs, ys, clip_on=False, **style)
         for dot in (line.dots[0], line.dots[-1]):
-            place = (dot.x, dot.y - 6)
-            axes.text(*place, dot.value, ha="center", color=_AFTER, fontsize=11, weight="bold")
+            value: dict[str, Any] = {
+                "ha": "center",
+                "va": "bottom",
+                "weight": "bold",
+                "color": _AFTER,
+            }
+            axes.text(dot.x, dot.y - 6, dot.value, fontsize=11, **value)
 
     # words
     _text(figure, drawing.left * scale, 32, title, size=13, weight="bold")
