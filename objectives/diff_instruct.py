@@ -9,9 +9,9 @@ Left out: the paper's remark on GAN discriminators as a special case.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -28,14 +28,13 @@ Weighting = Literal["sigma_squared", "edm", "uniform", "dmd"]
 
 
 class Dropout(Section):
-    """Which networks drop features as in their own training; where nothing is said, none does.
+    """Networks whose dropout is active; none by default. The official code has all three."""
 
-    The official code does all three.
-    """
+    renamed: ClassVar[Mapping[str, str]] = {"pull": "gradient"}
 
     score: bool = False
     """In the score phase: the score network."""
-    pull: bool = False
+    gradient: bool = False
     """In the student phase: score network and teacher, both the same features."""
     student: bool = False
     """In the student phase: the student, if it is a diffusion network (one_step_edm)."""
@@ -71,10 +70,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_score_pass_of_a_shared_batch(self) -> Config:
-        if self.shared_batch and self.dropout.score != self.dropout.pull:
+        if self.shared_batch and self.dropout.score != self.dropout.gradient:
             raise ValueError(
                 "shared_batch has one pass of the score network for both steps: "
-                "give dropout.score and dropout.pull the same value"
+                "give dropout.score and dropout.gradient the same value"
             )
         return self
 
@@ -178,7 +177,7 @@ def _denoised(
     config: Config,
 ) -> Tensor:
     """Return what score network or teacher says of noisy images in the student phase, no graph."""
-    with torch.no_grad(), dropping(network, draws, wanted=config.dropout.pull):
+    with torch.no_grad(), dropping(network, draws, wanted=config.dropout.gradient):
         return network(noisy, sigma, labels)
 
 
@@ -190,8 +189,8 @@ def _surrogate(
     *,
     config: Config,
 ) -> LossOutput:
-    """Return the images times their pull, [N]: its gradient by the images is the pull."""
-    pull = ikl_pull(
+    """Return a loss [N] whose gradient by the images is the IKL gradient."""
+    gradient = ikl_gradient(
         images.detach(),
         score_denoised,
         teacher_denoised,
@@ -199,11 +198,11 @@ def _surrogate(
         weighting=config.weighting,
         sigma_data=config.sigma_data,
     )
-    loss = (pull * images).flatten(1).sum(1)
-    return LossOutput(loss, {"pull": pull.square().mean((1, 2, 3)).sqrt().mean()})
+    loss = (gradient * images).flatten(1).sum(1)
+    return LossOutput(loss, {"ikl_gradient": gradient.square().mean((1, 2, 3)).sqrt().mean()})
 
 
-def ikl_pull(
+def ikl_gradient(
     images: Tensor,
     score_denoised: Tensor,
     teacher_denoised: Tensor,

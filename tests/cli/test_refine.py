@@ -78,7 +78,7 @@ def test_a_run_speaks_of_what_it_does(finished: Finished) -> None:
     text = finished.outcome.stderr
     for word in ("run folder: ", "measuring before", "80/80 images", " images/s ", " left "):
         assert word in text
-    assert "score_loss" in text and "pull" in text and "last fid" in text
+    assert "score_loss" in text and "ikl_gradient" in text and "last fid" in text
 
 
 def test_the_resolved_recipe_reads_back_to_an_equal_recipe(finished: Finished) -> None:

@@ -23,7 +23,7 @@ from objectives.diff_instruct import (
     Config,
     Weighting,
     build,
-    ikl_pull,
+    ikl_gradient,
     make,
     score_loss,
     shared_loss,
@@ -170,7 +170,7 @@ def test_dmd_weighting_divides_by_the_mean_distance_to_the_teacher() -> None:
 def test_dmd_weighting_is_finite_where_the_teacher_agrees_with_the_image() -> None:
     """No division by zero: an image that the teacher returns as it is gets no infinite pull."""
     images = torch.zeros(2, *SHAPE)
-    pull = ikl_pull(images, images, images, torch.ones(2), weighting="dmd")
+    pull = ikl_gradient(images, images, images, torch.ones(2), weighting="dmd")
     assert torch.equal(pull, torch.zeros_like(images))
 
 
@@ -184,7 +184,7 @@ def test_average_gradient_is_that_of_the_integral_kl(weighting: Weighting) -> No
     samples, config = batch(40_000), Config(weighting=weighting)
     student_loss(networks, samples, config=config).per_image.mean().backward()
     draw = drawn(networks, samples, config)
-    pull = ikl_pull(
+    pull = ikl_gradient(
         draw.images,
         networks.score(draw.noisy, draw.sigma),
         networks.teacher(draw.noisy, draw.sigma),
@@ -219,7 +219,7 @@ def test_a_student_that_is_the_teacher_feels_no_pull(weighting: Weighting) -> No
     output = student_loss(networks, samples, config=Config(weighting=weighting))
     output.per_image.sum().backward()
     assert all(not parameter.grad.any() for parameter in student.parameters())
-    assert output.stats["pull"] == 0
+    assert output.stats["ikl_gradient"] == 0
 
 
 class _Unlabelled(nn.Module):

@@ -60,8 +60,8 @@ def test_a_reading_far_above_its_running_median_is_divergence(name: str) -> None
 def test_nothing_is_judged_before_there_is_a_range() -> None:
     """The first ten rows of a reading may do what they like, and a reading that was 0 too."""
     monitor(*stats(*[HEALTHY] * 9)).add_stats(10, {"score_loss": 1e9})
-    monitor(*stats(*[HEALTHY] * 20)).add_stats(21, {"pull": 1e9})
-    monitor(*stats(*[{**HEALTHY, "pull": 0.0}] * 20)).add_stats(21, {"pull": 1e9})
+    monitor(*stats(*[HEALTHY] * 20)).add_stats(21, {"ikl_gradient": 1e9})
+    monitor(*stats(*[{**HEALTHY, "ikl_gradient": 0.0}] * 20)).add_stats(21, {"ikl_gradient": 1e9})
 
 
 def test_the_range_runs_along() -> None:

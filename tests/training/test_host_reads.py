@@ -116,7 +116,7 @@ CASES = {
     "dropout, the paper's weights": Case(
         2,
         objective={
-            "dropout": {"score": True, "pull": True},
+            "dropout": {"score": True, "ikl_gradient": True},
             "weighting": "dmd",
             "sigma": {"law": "karras"},
         },

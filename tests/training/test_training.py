@@ -377,7 +377,7 @@ def test_stats_have_a_row_when_due(folder: RunFolder) -> None:
     run(folder, rounds=5, stats_every_kimg=0.024)
     rows = folder.log.all(Stats)
     assert [row.images_seen for row in rows] == [24, 48, 60]
-    names = {"score_loss", "pull", "score_gradient", "student_gradient"}
+    names = {"score_loss", "ikl_gradient", "score_gradient", "student_gradient"}
     for row in rows:
         assert row.values.keys() == names
         assert row.images_per_second > 0 and all(row.values[name] > 0 for name in names)
@@ -388,7 +388,7 @@ def test_stats_are_means_since_the_last_row(folder: RunFolder) -> None:
     run(folder, rounds=2, stats_every_kimg=0.012)
     run(folder, rounds=2, stats_every_kimg=0.024)
     first, second, both = (row.values for row in folder.log.all(Stats))
-    for name in ("score_loss", "pull", "score_gradient"):
+    for name in ("score_loss", "ikl_gradient", "score_gradient"):
         assert both[name] == pytest.approx((first[name] + second[name]) / 2)
 
 
