@@ -1,7 +1,7 @@
 """Import published code from a checkout of it, unmodified, beside ours.
 
 Today's surroundings differ from those it was written for, so it is helped on its way. It imports by
-name what `cpp_extension.load` has just loaded; that is found only where the library registers
+name what `cpp_extension.load` has just loaded; that is found only if the library registers
 itself in `sys.modules`, as those of multi-phase initialisation (newer pybind11) do not, so `load`
 does it for them. And `requests` (for downloads) and `pkg_resources` (for version numbers) may not
 be installed, in whose place it finds stand-ins.

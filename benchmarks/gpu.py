@@ -47,7 +47,7 @@ _MARK = "BENCHMARK_STEP"
 """Environment variable by which the processes of a step are known."""
 PARTS = ("build", "tests", "custom_ops", "generators", "round", "evaluation", "demo")
 SUITE = "suite"
-"""A part that runs only where it is named: all tests take longer than all else together."""
+"""A part that runs only if it is named: all tests take longer than all else together."""
 _TINY_DEMO = (
     *("training.duration_kimg=0.256", "objective.head_start_kimg=0", "training.anneal_kimg=0"),
     *("evaluation.images=1000", "evaluation.seeds=1", "evaluation.every_kimg=0"),
@@ -62,7 +62,7 @@ class Step(NamedTuple):
     words: tuple[str, ...]
     """Arguments of Python."""
     share: float
-    """Seconds that it gets where no step before it spares or takes any."""
+    """Seconds that it gets if no step before it spares or takes any."""
 
 
 class Ending(NamedTuple):
@@ -151,7 +151,7 @@ class Table:
 
     @property
     def newest(self) -> dict[str, str] | None:
-        """Return the row that was taken last; None where that was the head."""
+        """Return the row that was taken last; None if that was the head."""
         if len(self._lines) <= 2:
             return None
         return dict(zip(self._columns, _cells(self._lines[-1]), strict=True))
@@ -337,7 +337,7 @@ def _pytest(*files: str) -> tuple[str, ...]:
 
 
 def test_files() -> list[str]:
-    """Return the test files that speak of CUDA: they need a GPU, or differ where there is one."""
+    """Return the test files that speak of CUDA: they need a GPU, or differ if there is one."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     own = "test_gpu_benchmark.py"
     return [
@@ -364,7 +364,7 @@ def facts(device: str, commit: str | None) -> dict[str, str]:
 
 
 def _said(*command: str) -> str:
-    """Return what a program prints; nothing where there is none or it fails."""
+    """Return what a program prints; nothing if there is none or it fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True)

@@ -10,7 +10,7 @@ both steps, both optimizers and the moving average. Each column runs in a proces
 that its peak memory is its own, and one is in memory at a time: its row is printed when it has
 been measured. With `--in-turns` all of them are held at once and play their rounds in turns, so
 that a busy machine slows all alike. Speeds are in units of the first row's, which is the official
-code's where it is there. The device's rate is measured too, after the rounds.
+code's if it is there. The device's rate is measured too, after the rounds.
 
 PATH is a checkout of the official Diff-Instruct code. Its networks and losses run unmodified, in
 the order and with the settings of its training loop: train mode with dropout, contiguous float32.

@@ -20,17 +20,17 @@ def load(source: str | Path) -> Generator:
     """Return the student of a path or URL, in eval mode on the CPU.
 
     Takes a StyleGAN pickle (its G_ema, else its G), of TensorFlow's time too, read as data, or our
-    own safetensors; recognised by content. Raises core.errors.UserError where the file cannot be
+    own safetensors; recognised by content. Raises core.errors.UserError if the file cannot be
     read or holds no student.
     """
     return cast(Generator, networks.load("generators", source, records=_RECORDS))
 
 
 def save_refined(original: str | Path, out: str | Path, student: nn.Module) -> tuple[str, ...]:
-    """Write a copy of the student's StyleGAN pickle with its refined weights; return where in it.
+    """Write a copy of the student's StyleGAN pickle with its refined weights; return the records written.
 
     G_ema and G (where present) carry them, all else is as in the original, so every tool that
-    opened that opens this. Raises core.errors.UserError where the original is no such pickle, of
+    opened that opens this. Raises core.errors.UserError if the original is no such pickle, of
     another network, or cannot be copied (a TensorFlow pickle).
     """
     return networks.save_refined(Path(original), Path(out), student, records=_RECORDS)

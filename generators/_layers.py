@@ -1,4 +1,4 @@
-"""What the StyleGAN families share: the mapping network, layers of equalised learning rate, and how
+"""Parts that the StyleGAN families share: mapping network, layers of equalized learning rate, and
 published arguments are read.
 
 StyleGAN2 (Karras et al., CVPR 2020). Parameter and buffer names are those of the published
@@ -166,13 +166,13 @@ def is_low(dtype: torch.dtype) -> bool:
 
 
 def lowered(x: Tensor, layer: nn.Module) -> Tensor:
-    """Return x in the layer's `compute_dtype`, where it has one that is lower than float32."""
+    """Return x in the layer's `compute_dtype`, if that is lower than float32."""
     dtype = getattr(layer, "compute_dtype", torch.float32)
     return x.to(dtype) if is_low(dtype) else x
 
 
 def feature_limit(clamp: float | None, dtype: torch.dtype) -> float | None:
-    """Return where features are clipped: at `clamp`, and in float16 at 256 where that is None."""
+    """Return the clipping value of features: `clamp`, or in float16 256 if that is None."""
     return _FLOAT16_CLAMP if clamp is None and dtype == torch.float16 else clamp
 
 
@@ -181,7 +181,7 @@ def modulation(style: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
     For features of lower precision both are scaled so that no product overflows (StyleGAN2-ADA's
     half-precision layers): style to at most 1, weight to at most 1 / sqrt(in * k * k). The
-    demodulation of the scaled ones undoes that. What is zero throughout stays zero.
+    demodulation of the scaled ones undoes that. A channel of zeros stays zero.
     """
     if not is_low(dtype):
         return style, weight

@@ -2,7 +2,7 @@
 
 Truncation is fixed when the file is written, and per-layer noise is at its stored constants, so
 that an image is a function of its latent as everywhere in this project. The file is run once before
-it appears, and refused where its images are not the student's. Needs onnx, onnxscript and
+it appears, and refused if its images are not the student's. Needs onnx, onnxscript and
 onnxruntime.
 """
 
@@ -39,9 +39,9 @@ def export_onnx(student: Generator, path: str | Path, *, truncation: float = 1.0
     """Write a student as an ONNX file; return the largest difference between its images and
     PyTorch's, as a part of the largest value.
 
-    The file's inputs are "latents" [batch, *latent_shape] float32 and, where the student is
+    The file's inputs are "latents" [batch, *latent_shape] float32 and, if the student is
     conditional, "labels" [batch] int64; its output is "images" [batch, C, H, W] float32, about
-    [-1, 1]. truncation: psi, 1 = none. Raises UserError where a package is missing, the student
+    [-1, 1]. truncation: psi, 1 = none. Raises UserError if a package is missing, the student
     cannot be exported, the images differ, or the file cannot be written.
     """
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
@@ -76,7 +76,7 @@ class _Fixed(nn.Module):
         return self.student(latents, labels, **self.settings)
 
     def inputs(self, count: int) -> dict[str, Tensor]:
-        """Return fixed latents, and labels where there are any, by the names in the file."""
+        """Return fixed latents, and labels if there are any, by the names in the file."""
         student = self.student
         draws = torch.Generator().manual_seed(0)
         latents = torch.randn(count, *student.latent_shape, generator=draws)
@@ -86,7 +86,7 @@ class _Fixed(nn.Module):
 
 
 def _converted(fixed: _Fixed) -> ModelProto:
-    """Return the model, without what the exporter notes about this machine's files."""
+    """Return the model, without the exporter's notes about this machine's files."""
     inputs = fixed.inputs(2)  # a batch of one would be taken for a constant
     batch = torch.export.Dim("batch", min=1)
     try:

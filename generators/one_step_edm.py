@@ -47,7 +47,7 @@ class OneStepEDM(Generator):
 
 
 def build(config: Config) -> OneStepEDM:
-    """Return the generator with freshly drawn weights. Raises UserError where none is named."""
+    """Return the generator with freshly drawn weights. Raises UserError if none is named."""
     if config.family is None or config.network is None:
         raise UserError("one_step_edm needs a teacher to copy, or both family and network")
     module = plugins.load("teachers", config.family)
@@ -58,7 +58,7 @@ def build(config: Config) -> OneStepEDM:
 def from_teacher(teacher: nn.Module, config: Config) -> OneStepEDM:
     """Return the generator that begins as a copy of a teacher, on its device.
 
-    Raises UserError where init_sigma is outside the teacher's noise levels.
+    Raises UserError if init_sigma is outside the teacher's noise levels.
     """
     known = cast(Denoiser, teacher)
     if not known.sigma_min <= config.init_sigma <= known.sigma_max:

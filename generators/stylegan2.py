@@ -90,10 +90,10 @@ def build(config: Config) -> StyleGAN2:
 
 
 def from_record(record: NetworkRecord) -> Config | None:
-    """Return the Config of a published pickle's network, or None where it is no StyleGAN2.
+    """Return the Config of a published pickle's network, or None if it is no StyleGAN2.
 
     Generators of StyleGAN2 and StyleGAN3 share class name and arguments; only StyleGAN2's starts
-    from a learned constant. Raises UserError where an argument is none of StyleGAN2's.
+    from a learned constant. Raises UserError if an argument is none of StyleGAN2's.
     """
     if record.class_name != "Generator" or "synthesis.b4.const" not in record.tensors:
         return None
@@ -167,7 +167,7 @@ class Synthesis(nn.Module):
 
 
 class Block(nn.Module):
-    """One resolution: two convolutions (one at 4x4), and what turns them into an image."""
+    """One resolution: two convolutions (one at 4x4), and the projection to an image."""
 
     resample_filter: Tensor
 

@@ -84,7 +84,7 @@ class Config(Section):
     conv_clamp: float | None = 256.0
     """Clip activations to this magnitude; null: never."""
     magnitude_ema_beta: float = Field(default=0.999, ge=0, le=1)
-    """What an update keeps of the moving averages of layers' squared inputs."""
+    """Decay of the moving averages of layers' squared inputs."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -101,10 +101,10 @@ def build(config: Config) -> StyleGAN3:
 
 
 def from_record(record: NetworkRecord) -> Config | None:
-    """Return the Config of a published pickle's network, or None where it is no StyleGAN3.
+    """Return the Config of a published pickle's network, or None if it is no StyleGAN3.
 
     Generators of StyleGAN2 and StyleGAN3 share class name and arguments; only StyleGAN3's starts
-    from Fourier features. Raises UserError where an argument is none of StyleGAN3's.
+    from Fourier features. Raises UserError if an argument is none of StyleGAN3's.
     """
     if record.class_name != "Generator" or "synthesis.input.freqs" not in record.tensors:
         return None
@@ -115,7 +115,7 @@ def from_record(record: NetworkRecord) -> Config | None:
 
 
 class Signal(NamedTuple):
-    """What a layer's result is, as a sampled continuous signal (Sec. 3.2 and appendix F)."""
+    """A layer's output as a sampled continuous signal (Sec. 3.2 and appendix F)."""
 
     channels: int
     size: int
@@ -123,7 +123,7 @@ class Signal(NamedTuple):
     rate: int
     """Sampling rate s, in pixels over the unit image."""
     cutoff: float
-    """f_c: what is below passes."""
+    """f_c: lower frequencies pass."""
     half_width: float
     """f_h: half the width of the transition from pass to stop."""
 
@@ -344,7 +344,7 @@ def lowpass(taps: int, signal: Signal, *, rate: int, radial: bool = False) -> Te
     """Return a Kaiser low-pass filter of unit sum, [taps] or, if radial, [taps, taps] (appendix
     C.1 and C.2); None, the identity, for one tap.
 
-    It passes what is below the signal's cutoff; rate: sampling rate that it works at.
+    It passes frequencies below the signal's cutoff; rate: its sampling rate.
     """
     if taps == 1:
         return None

@@ -1,1 +1,1 @@
-"""What a student learns from: one paper, one file."""
+"""Training objectives: one paper, one file."""

@@ -2,7 +2,7 @@
 
 Each image is mirrored, and with some probability flipped, scaled, rotated, squeezed and moved; nine
 numbers say how, and are 0 for an image as it is. Differs from the published program in
-resampling: one bicubic interpolation, where that one resamples twice as finely in between.
+resampling: one bicubic interpolation here, twice as fine a grid in between there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHIFT = 0.125
 
 
 class Augmented(NamedTuple):
-    """Augmented images, and what was done to them."""
+    """Augmented images, and their transformations."""
 
     images: Tensor
     """[N, C, H, W]"""
@@ -35,7 +35,7 @@ class Augmented(NamedTuple):
 def augment(images: Tensor, draws: Draws, *, probability: float) -> Augmented:
     """Return images [N, C, H, W], H = W, after random geometric changes (EDM, Table 6).
 
-    Half of them are mirrored; each other change comes with this probability. What enters at a
+    Half of them are mirrored; each other change comes with this probability. Pixels that enter at a
     border is the image reflected.
     """
     used = draws.uniform("augment", (5,)) < probability  # [N, 5]

@@ -18,7 +18,7 @@ from core.randomness import Draws
 
 @contextmanager
 def dropping(network: nn.Module, draws: Draws, *, wanted: bool = True) -> Iterator[None]:
-    """Run the body with the network in train mode, where that is wanted, then in eval mode again.
+    """Run the body with the network in train mode if wanted, then return to eval mode.
 
     Networks of one architecture drop the same features under the same draws.
     """

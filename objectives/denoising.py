@@ -67,7 +67,7 @@ class Denoising:
         self.phases = (Phase("denoising", ("student",), loss),)
 
     def check_fit(self, denoiser: nn.Module) -> None:
-        """Raise UserError where a denoiser cannot learn from these images."""
+        """Raise UserError if a denoiser cannot learn from these images."""
         known, images = cast(Denoiser, denoiser), self.images
         classes = known.num_classes
         if tuple(known.image_shape) != images.image_shape:
@@ -100,7 +100,7 @@ class Denoising:
 
 
 def build(config: Config) -> Denoising:
-    """Return the objective with its images read. Raises UserError where they cannot be."""
+    """Return the objective with its images read. Raises UserError if they cannot be."""
     images = RealImages(Images(config.images))
     height, width = images.image_shape[1:]
     if config.augment_probability > 0 and height != width:

@@ -1,7 +1,7 @@
 """Diff-Instruct: the Integral KL divergence between student and teacher (Luo et al., NeurIPS 2023).
 
 Two phases a round. The score phase fits the score network to the student's own images by denoising,
-so that it knows the score of what the student makes. The student phase moves each image along the
+so that it knows the score of the student's images. The student phase moves each image along the
 difference between the two networks' scores (Diff-Instruct, Eq. 3.2): the gradient of
     E_sigma w(sigma) KL(student * N(0, sigma^2) || teacher * N(0, sigma^2)).
 Left out: the paper's remark on GAN discriminators as a special case.
@@ -105,12 +105,12 @@ def build(config: Config) -> DiffInstruct:
 
 
 class Made(NamedTuple):
-    """What the student made, as the teacher sees it."""
+    """The student's images, as the teacher sees them."""
 
     images: Tensor
     """[N, C, H, W]"""
     labels: Tensor | None
-    """[N] int64, or None where it is unconditional."""
+    """[N] int64, or None if it is unconditional."""
 
 
 def make(networks: Networks, draws: Draws, *, dropout: bool = False) -> Made:
@@ -176,7 +176,7 @@ def _denoised(
     *,
     config: Config,
 ) -> Tensor:
-    """Return what score network or teacher says of noisy images in the student phase, no graph."""
+    """Return the denoised images of score network or teacher in the student phase, no graph."""
     with torch.no_grad(), dropping(network, draws, wanted=config.dropout.gradient):
         return network(noisy, sigma, labels)
 

@@ -1,4 +1,4 @@
-"""What a reader of a report must know before believing its numbers."""
+"""Warnings of a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SMALL_FALL = 0.02
 
 
 def warnings(report: Report) -> list[str]:
-    """Return what a reader must know before believing the numbers, one sentence each."""
+    """Return the warnings of a report, one sentence each."""
     found = list(report.notes)
     if report.extractor is None:
         found.append("The recipe names no reference (evaluation.reference): nothing was measured.")
@@ -101,6 +101,6 @@ def _spread_warning(
 
 
 def _listed(names: list[str]) -> str:
-    """Return "a, b and c"; what comes twice is named once."""
+    """Return "a, b and c"; repetitions are named once."""
     *most, last = dict.fromkeys(names)
     return f"{', '.join(most)} and {last}" if most else last

@@ -1,9 +1,9 @@
-"""Reports of several runs beside each other: how good each became, and what was different.
+"""Comparison of several runs: their metrics, and their differences.
 
     compared = compare(reports, paths, beside=Path("comparison.html"))
     summary(compared)                   for a terminal; write.write_comparison writes the page
 
-Values are put side by side only with a warning where they are not comparable: of other features,
+Values are put side by side only with a warning if they are not comparable: of other features,
 against another reference, of other counts of images.
 """
 
@@ -35,12 +35,12 @@ class Run:
     """Its folder's, or as much of its path as tells it from the others."""
     report: Report
     link: str | None
-    """Address of its own page, from where the comparison is; None where there is none."""
+    """Address of its own page, relative to the comparison; None without one."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One run's values of a metric, as text; empty where it has none."""
+    """One run's values of a metric, as text; empty if it has none."""
 
     run: Run
     cells: tuple[str, ...]
@@ -50,7 +50,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, and what tells them apart."""
+    """Runs, and their differences."""
 
     runs: tuple[Run, ...]
     warnings: tuple[str, ...]
@@ -58,7 +58,7 @@ class Comparison:
     settings: Mapping[str, tuple[str, ...]]
     """Key path of a recipe -> its value in each run; only keys that differ."""
     facts: Mapping[str, tuple[str, ...]]
-    """What else differs, such as the commit -> words for each run."""
+    """Other differences, such as the commit -> words for each run."""
 
     @property
     def metrics(self) -> list[str]:
@@ -101,7 +101,7 @@ def title(metric: str) -> str:
 
 
 def lines(compared: Comparison, metric: str) -> list[Line]:
-    """Return each run's values; the best after is marked where the runs are comparable."""
+    """Return each run's values; the best after is marked if the runs are comparable."""
     after = [run.report.after[metric].mean for run in compared.runs if _has(run, metric)]
     best = (min if metrics()[metric].better == "lower" else max)(after)
     may_mark = not compared.warnings and len(after) > 1
@@ -153,7 +153,7 @@ def _cells(report: Report, metric: str) -> tuple[str, ...]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the name of each run's folder, with those above it where two are alike."""
+    """Return the name of each run's folder, with those above it if two are alike."""
     folders = [_run_folder(path).absolute() for path in paths]
     names = [folder.name for folder in folders]
     for depth in range(2, max(len(folder.parts) for folder in folders) + 1):
@@ -204,7 +204,7 @@ def _differing(found: Sequence[Mapping[str, str]], *, skip: set[str]) -> dict[st
 
 
 def _warnings(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield what makes values incomparable, then what makes them doubtful."""
+    """Yield reasons that make values incomparable, then those that make them doubtful."""
     features = _by(runs, lambda report: report.extractor and report.extractor.sha256)
     if len(features) > 1:
         named = _told(features, lambda r: r.extractor.name if r.extractor else "nothing")
@@ -225,8 +225,8 @@ def _warnings(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _compared_with(report: Report) -> str | None:
-    """Return what stands for the images of a reference: their hash; of a teacher's samples, which
-    have none, what they were made by.
+    """Return the identity of a reference's images: their hash; for a teacher's samples, which have
+    none, the teacher and the sampler.
     """
     reference = report.reference
     if reference is None or reference.sha256:

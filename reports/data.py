@@ -1,4 +1,4 @@
-"""The report of a run: what was measured before and after, on what, by which versions.
+"""Data of a run's report: metrics before and after, with their provenance.
 
 Plain data, and its JSON, for programs: `to_json`, and `read`, which gives it back. Words are in
 wording.py, pages in pages.py. A report measures nothing.
@@ -38,7 +38,7 @@ class SampleScore:
     metrics: Mapping[str, float]
     """Metric -> value, such as fid."""
     images: int | None
-    """Of how many; None where their file does not say."""
+    """Of how many; None if their file does not say."""
 
 
 class CurvePoint(NamedTuple):
@@ -73,7 +73,7 @@ class Report:
     """Value k is of the images first_seed + k * images and following."""
     reference: ReferenceName | None
     extractor: ExtractorName | None
-    """None where nothing was measured."""
+    """None if nothing was measured."""
     environment: Environment
     kernel_backend: str
     """native or reference: which custom operations ran."""
@@ -87,12 +87,12 @@ class Report:
     durations_seconds: Mapping[str, float]
     """Part of the run -> seconds, without those of processes that were killed."""
     timed_images: int | None = None
-    """Images trained in these seconds; None where that is not known."""
+    """Images trained in these seconds; None if that is not known."""
     curve: Curve = field(default_factory=Curve)
     teacher_samples: SampleScore | None = None
-    """Of the teacher's own samples, where they were measured."""
+    """Of the teacher's own samples, if they were evaluated."""
     real_halves: SampleScore | None = None
-    """Of one half of the real images against the other, where that is known."""
+    """Of one half of the real images against the other, if known."""
     drift: Drift | None = None
     """How far images moved from before to after."""
     nearness: Nearness | None = None
@@ -100,9 +100,9 @@ class Report:
     sampler: str | None = None
     """How the teacher's own samples are made, in words."""
     notes: tuple[str, ...] = ()
-    """What happened while training that a reader must know, a sentence each."""
+    """Remarks on the training, a sentence each."""
     teacher_sees: str | None = None
-    """Size of the images that the teacher saw, where the student's are others."""
+    """Size of the images that the teacher saw, if it differs from the student's."""
     pair_seeds: tuple[int, ...] = ()
     """Seeds of the picture's pairs."""
     recipe: Mapping[str, object] = field(default_factory=dict)
@@ -138,7 +138,7 @@ def to_json(report: Report) -> dict[str, object]:
 
 
 def _about(metric: str) -> dict[str, str]:
-    """Return what a program needs to know of a metric."""
+    """Return title and direction of a metric."""
     about = metrics()[metric]
     return {"title": about.title, "better": about.better}
 

@@ -44,7 +44,7 @@ _CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_TOP = 860, 470, 72
 def pairs_picture(pairs: Pairs) -> bytes:
     """Return a PNG of pairs, before above after, a column for each class or 8 of them.
 
-    The teacher's own samples stand below them, where they start from the same latents.
+    The teacher's own samples stand below them, if they start from the same latents.
     """
     lines = [("before", _BEFORE, _tiles(pairs.before)), ("after", _AFTER, _tiles(pairs.after))]
     if pairs.teacher is not None:
@@ -93,7 +93,7 @@ def _columns(pairs: Pairs, tile_width: int) -> int:
 
 
 def _labels(pairs: Pairs, columns: int) -> list[str]:
-    """Return each pair's class, or nothing where the one above it already says so."""
+    """Return each pair's class, or nothing if the one above it already says so."""
     if pairs.labels is None:
         return [""] * len(pairs.before)
     return [
@@ -103,7 +103,7 @@ def _labels(pairs: Pairs, columns: int) -> list[str]:
 
 
 def _tiles(images: Tensor) -> np.ndarray:
-    """Return [N, H, W, 3] uint8, enlarged by a whole factor where images are small."""
+    """Return [N, H, W, 3] uint8, enlarged by a whole factor if images are small."""
     tiles = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     scale = max(1, -(-_TILE // max(tiles.shape[1:3])))
     return tiles.repeat(scale, axis=1).repeat(scale, axis=2)

@@ -1,4 +1,4 @@
-"""A report in words: headline, table, warnings, and what was measured on what."""
+"""A report in words: headline, table, warnings, and provenance."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     after: str
     change: str
     teacher: str
-    """Of the teacher's own samples; empty where that is not known."""
+    """Of the teacher's own samples; empty if that is not known."""
 
 
 def rows(report: Report) -> list[Row]:
@@ -48,7 +48,7 @@ def rows(report: Report) -> list[Row]:
 
 
 def columns(report: Report) -> tuple[str, ...]:
-    """Return the titles of a table of rows; the teacher's column only where there is one."""
+    """Return the titles of a table of rows; the teacher's column only if there is one."""
     extractor = report.extractor
     first = "metric"
     if extractor is not None and extractor.name != "inception":
@@ -105,7 +105,7 @@ def sets(report: Report) -> str:
 
 
 def levels(report: Report) -> dict[str, float]:
-    """Return what the curve can be compared with, by name, as shown."""
+    """Return the levels that the curve can be compared with, by name, as displayed."""
     if not report.curve.points:
         return {}
     scores = {"teacher": report.teacher_samples, "real images": report.real_halves}
@@ -126,13 +126,13 @@ def shown_points(report: Report) -> list[CurvePoint]:
 
 
 def remarks(report: Report) -> dict[str, str]:
-    """Return what became of single images, a title and some words each."""
+    """Return remarks on single images: title -> some words."""
     found = {"What stayed": _kept(report), "Copies": _copies(report)}
     return {title: text for title, text in found.items() if text}
 
 
 def _kept(report: Report) -> str:
-    """Return what became of the images of single latents, in a sentence or two."""
+    """Return the drift of latents' images, in a sentence or two."""
     drift = report.drift
     if drift is None:
         return ""
@@ -161,7 +161,7 @@ def _copies(report: Report) -> str:
 
 
 def facts(report: Report) -> dict[str, str]:
-    """Return what was measured on what, by what: a name and some words each."""
+    """Return the provenance of the metrics: name -> some words."""
     environment, reference = report.environment, report.reference
     compared = "nothing"
     if reference is not None:
@@ -195,7 +195,7 @@ def _file(file: File) -> str:
 
 
 def _score(score: SampleScore | None) -> str:
-    """Return what images that no student made are worth, in words."""
+    """Return the metrics of images that no student made, in words."""
     if score is None or not score.metrics:
         return "not measured"
     values = ", ".join(

@@ -31,7 +31,7 @@ def write(
     """Write report.json, report.md, report.html and the pictures; return the path of report.html.
 
     pairs: None leaves the pictures of an earlier report in report.md, and out of report.html.
-    neighbours: pictures of `report.nearness`, where the real images are at hand.
+    neighbours: pictures of `report.nearness`, if the real images are available.
     """
     folder = Path(folder)
     if pairs is not None:

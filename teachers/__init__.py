@@ -19,7 +19,7 @@ def load(source: str | Path) -> Denoiser:
 
     Short names are those of published files, such as edm-cifar10-32x32-uncond-vp: `CATALOGUE`.
     Takes an EDM or EDM2 pickle (its ema), read as data, or our own safetensors; recognised by
-    content. Raises core.errors.UserError where the file cannot be read or holds no denoiser.
+    content. Raises core.errors.UserError if the file cannot be read or holds no denoiser.
     """
     if isinstance(source, str):
         check_name(source)

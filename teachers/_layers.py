@@ -57,7 +57,7 @@ def linear(in_features: int, out_features: int, *, init: Init, bias: bool = True
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation in the precision of what it is given."""
+    """Group normalization in the precision of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
@@ -205,7 +205,7 @@ class LabelDropout(nn.Module):
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """What all residual blocks of one network share."""
+    """Settings that all residual blocks of one network share."""
 
     emb_channels: int
     dropout: float

@@ -1,4 +1,4 @@
-"""The layers of EDM2 (Karras et al. 2024, arXiv 2312.02696): what they are given at unit magnitude,
+"""The layers of EDM2 (Karras et al. 2024, arXiv 2312.02696): inputs of unit magnitude,
 they put out at unit magnitude.
 
 Numbers of equations are that paper's; names of parameters and buffers and all constants are the
@@ -97,7 +97,7 @@ def mp_cat(first: Tensor, second: Tensor, *, t: float) -> Tensor:
 
 
 def normalized(values: Tensor, *, dim: int | tuple[int, ...]) -> Tensor:
-    """Return the values at root mean square 1 over the dimensions, less where near 0."""
+    """Return the values at root mean square 1 over the dimensions, less if near 0."""
     precise = torch.promote_types(values.dtype, torch.float32)
     norm = torch.linalg.vector_norm(values, dim=dim, keepdim=True, dtype=precise)
     return values / (_EPS + norm * math.sqrt(norm.numel() / values.numel())).to(values.dtype)

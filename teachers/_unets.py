@@ -358,7 +358,7 @@ def _encode(encoder: nn.ModuleDict, images: Tensor, embedding: Tensor) -> list[T
 def _decode(
     decoder: nn.ModuleDict, skips: Sequence[Tensor], embedding: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the finest features, and the sum of the output heads where there are any."""
+    """Return the finest features, and the sum of the output heads if there are any."""
     waiting = list(skips)
     features, output, normed = waiting[-1], None, None
     for name, layer in decoder.items():

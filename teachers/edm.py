@@ -165,7 +165,7 @@ class Config(BaseModel):
 
 
 class Coefficients(NamedTuple):
-    """What preconditioning multiplies by, [N, 1, 1, 1] or a number, and c_noise, [N]."""
+    """Coefficients of the preconditioning, [N, 1, 1, 1] or a number, and c_noise, [N]."""
 
     c_skip: Tensor | float
     c_out: Tensor
@@ -204,7 +204,7 @@ class EDMDenoiser(Denoiser):
 
         noisy: [N, C, H, W]. sigma: [N], pixel units. labels: [N] int64; None is the published zero
         vector, that is, no class. augment_labels: [N, augment_dim]; None is no augmentation.
-        Raises ValueError where a shape does not fit.
+        Raises ValueError if a shape does not fit.
         """
         check_inputs(
             noisy, sigma, labels, image_shape=self.image_shape, num_classes=self.num_classes
@@ -326,7 +326,7 @@ _DENOISERS: dict[str, type[EDMDenoiser]] = {
 def build(config: Config) -> EDMDenoiser:
     """Return a denoiser with freshly initialised weights.
 
-    Raises UserError where its channels cannot be normalised in the published groups.
+    Raises UserError if its channels cannot be normalised in the published groups.
     """
     out_channels = config.img_channels * (2 if config.preconditioning == "iDDPM" else 1)
     is_song = config.model_type == "SongUNet"
@@ -343,9 +343,9 @@ def build(config: Config) -> EDMDenoiser:
 
 
 def from_record(record: NetworkRecord) -> Config | None:
-    """Return the Config of a published pickle's network, or None where it is not an EDM network.
+    """Return the Config of a published pickle's network, or None if it is not an EDM network.
 
-    Raises UserError where the class is EDM's but its arguments are not.
+    Raises UserError if the class is EDM's but its arguments are not.
     """
     preconditioning = record.class_name.removesuffix("Precond")
     if record.class_name == preconditioning or preconditioning not in _OWN_ARGUMENTS:

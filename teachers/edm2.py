@@ -6,10 +6,10 @@ Left out: latents of an autoencoder, guidance, and the estimate of the loss's lo
 serves published training alone: its tensors are kept, and nothing reads them.
 
 How a copy is trained. A layer uses the direction of its stored weights only, so whatever an
-optimizer does, the effective weights keep their scale. What drifts is the stored norm, and with it
+optimizer does, the effective weights keep their scale. Only the stored norm drifts, and with it
 the step's angle: T uncorrelated Adam steps of size lr on weights of RMS 1 make it sqrt(1 + T lr^2),
 2 % after 40,000 steps of 1e-3. The published training prevents that by normalising in the forward
-pass of train mode, and so does ours there. This project trains in eval mode, where a forward pass
+pass of train mode, and so does ours there. This project trains in eval mode, if a forward pass
 writes nothing: processes agree, several passes share one graph, and a resumed run is bitwise the
 same. For long runs at high rates `EDM2Denoiser.normalize_weights`, after each optimizer step, gives
 the published updates. Learning rates act on weights of RMS 1, and the published ones are about
@@ -91,7 +91,7 @@ class Config(BaseModel):
     label_balance: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the class in the embedding, against the noise level."""
     concat_balance: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Share of the encoder's features where the decoder takes them in."""
+    """Share of the encoder's features if the decoder takes them in."""
 
     resample_filter: tuple[int, ...] = Field(default=(1, 1), min_length=2)
     """Even number of resampling filter taps."""
@@ -168,7 +168,7 @@ class EDM2Denoiser(Denoiser):
         """Return E[x | noisy] [N, C, H, W] float32 for noisy = x + sigma n.
 
         noisy: [N, C, H, W]. sigma: [N], pixel units. labels: [N] int64; None is the published zero
-        vector, that is, no class. Raises ValueError where a shape does not fit.
+        vector, that is, no class. Raises ValueError if a shape does not fit.
         """
         check_inputs(
             noisy, sigma, labels, image_shape=self.image_shape, num_classes=self.num_classes
@@ -207,9 +207,9 @@ def build(config: Config) -> EDM2Denoiser:
 
 
 def from_record(record: NetworkRecord) -> Config | None:
-    """Return the Config of a published pickle's network, or None where it is not an EDM2 network.
+    """Return the Config of a published pickle's network, or None if it is not an EDM2 network.
 
-    Raises UserError where the class is EDM2's but its arguments are not, or it works on latents.
+    Raises UserError if the class is EDM2's but its arguments are not, or it works on latents.
     """
     if record.class_name != "Precond":
         return None

@@ -1,6 +1,6 @@
 """A mixture of Gaussians with diagonal covariance and its exact denoiser: a teacher in closed form.
 
-For tests, where it makes an objective exact, and for the ten-second tutorial recipe. All that
+For tests, in which it makes an objective exact, and for the ten-second tutorial recipe. All that
 matters is trainable, so that a copy can serve as the score network. Left out: full covariance.
 """
 
@@ -30,7 +30,7 @@ class Config(BaseModel):
     components: int = Field(default=4, ge=1)
     """Number of Gaussians; where means are given, their number."""
     seed: int = Field(default=0, ge=0)
-    """Draws the means, smooth images within [-1, 1], where none are given."""
+    """Draws the means, smooth images within [-1, 1], if none are given."""
     means: tuple[tuple[float, ...], ...] | None = None
     """One flattened image for each component, or nothing: drawn from the seed."""
     std: PositiveFloat | tuple[tuple[PositiveFloat, ...], ...] = 0.1
@@ -87,7 +87,7 @@ class GaussianMixture(Denoiser):
         of component k: given k, it is the mean of a Gaussian observed with Gaussian noise (Bishop
         2006, Eq. 2.116). For v -> 0 it is the ideal denoiser of a finite set (EDM, Appendix B.3).
         noisy: [N, C, H, W]. sigma: [N]. labels: [N] int64; None is the mixture of all classes.
-        Raises ValueError where a shape does not fit.
+        Raises ValueError if a shape does not fit.
         """
         check_inputs(
             noisy, sigma, labels, image_shape=self.image_shape, num_classes=self.num_classes
@@ -124,7 +124,7 @@ class GaussianMixture(Denoiser):
 
 
 class _Posterior(NamedTuple):
-    """What a noisy image says about each component."""
+    """Posterior of each component, given a noisy image."""
 
     means: Tensor
     """[N, components, C*H*W]: E[x | noisy, component]"""
