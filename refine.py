@@ -64,7 +64,35 @@ SCHEMA = ROOT / "configs" / "recipe.schema.json"
 _log = logging.getLogger("refine")
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+HELP = """Refine a pretrained GAN against a pretrained diffusion model, or distil the diffusion
+model itself to one step, and report before and after.
+
+\b
+python refine.py --gan
+    refines the embedded digit GAN in minutes, on a CPU
+python refine.py --gan RECIPE.yaml student.weights=mine.pkl training.seed=1
+    refines yours; any setting of the recipe can be given as KEY.PATH=VALUE
+python refine.py --distill
+    makes a one-step generator of the embedded diffusion model
+python refine.py --teach configs/teach/small32.yaml objective.images=mine.zip
+    trains a diffusion model on your own images, to be a teacher
+torchrun --nproc_per_node=8 refine.py --gan RECIPE.yaml
+    the same on eight GPUs
+python refine.py --resume runs/00000-NAME
+    resumes a run that was stopped
+python refine.py --list
+    lists the runs with state, progress and metric
+
+Each run has a folder of its own: the resolved recipe, its log, checkpoints, samples, the
+refined weights (student.safetensors) and the report. The shipped recipes in configs/ explain
+every setting.
+
+Ctrl-C, SIGTERM and SIGUSR1 end a run after the round that it is in, saved, with exit code 75:
+go on with --resume. A second Ctrl-C ends it at once. Other errors end with code 2.
+"""
+
+
+@click.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--gan", is_flag=True, help="Refine a GAN: the embedded digits, or RECIPE.")
 @click.option(
     "--distill", is_flag=True, help="Distil a teacher to one step: the embedded one, or RECIPE."
@@ -103,32 +131,7 @@ def main(
     write_schema: bool,
     arguments: tuple[str, ...],
 ) -> None:
-    """Refine a pretrained GAN against a pretrained diffusion model, or distil the diffusion model
-    itself to one step, and report before and after.
-
-    \b
-    python refine.py --gan
-        refines the embedded digit GAN in minutes, on a CPU
-    python refine.py --gan RECIPE.yaml student.weights=mine.pkl training.seed=1
-        refines yours; any setting of the recipe can be given as KEY.PATH=VALUE
-    python refine.py --distill
-        makes a one-step generator of the embedded diffusion model
-    python refine.py --teach configs/teach/small32.yaml objective.images=mine.zip
-        trains a diffusion model on your own images, to be a teacher
-    torchrun --nproc_per_node=8 refine.py --gan RECIPE.yaml
-        the same on eight GPUs
-    python refine.py --resume runs/00000-NAME
-        resumes a run that was stopped
-    python refine.py --list
-        lists the runs with state, progress and metric
-
-    Each run has a folder of its own: the resolved recipe, its log, checkpoints, samples, the
-    refined weights (student.safetensors) and the report. The shipped recipes in configs/ explain
-    every setting.
-
-    Ctrl-C, SIGTERM and SIGUSR1 end a run after the round that it is in, saved, with exit code 75:
-    go on with --resume. A second Ctrl-C ends it at once. Other errors end with code 2.
-    """
+    """Run, resume or list what the command line names; `HELP` explains it."""
     if write_schema:
         _write_schema()
         return

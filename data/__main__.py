@@ -42,7 +42,41 @@ def main() -> None:
     """Prepare sets of real images for references (FID) and for training."""
 
 
-@main.command()
+PREPARE_HELP = """Write OUT.zip from the images at SOURCE: all of one size, as PNG, with their labels. It is
+an input of refine.py --teach, of reference statistics, and of StyleGAN's and EDM's programs.
+
+\b
+python -m data prepare photos mine.zip --resolution 64 --crop center
+    the middle of each photo in the folder photos, 64x64
+python -m data prepare cifar-10-python.tar.gz cifar10.zip
+    CIFAR-10 as its authors publish it; --split test for the test images
+python -m data prepare train-images-idx3-ubyte.gz mnist.zip --resolution 32
+    MNIST and sets like it, the file of labels lying beside
+
+\b
+SOURCE is one of
+    a folder or zip of PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, in folders of any depth
+    cifar-10-python.tar.gz, or the folder unpacked from it
+    an idx file of MNIST (train-images-idx3-ubyte.gz), or a folder of them
+    a zip or folder of this command, or of StyleGAN's or EDM's programs
+
+Labels are those of dataset.json in SOURCE; without one, each folder of images is a class, in
+the order of their names (cat is 0, dog is 1), and the names are kept. Images in one folder
+have no labels.
+
+Images are read in the order of their names. Images smaller than --resolution are enlarged,
+except MNIST's 28x28 digits, which get a black border for --resolution 32. Photos are rotated by
+their EXIF orientation, transparent pixels are composed on white, 16-bit channels are reduced to
+their upper 8 bits, CMYK is converted to RGB without a color profile; the number of images for
+each of these changes is printed at the end. Animations cannot be used. If any image cannot be
+used, all such images are listed and nothing is written, unless --skip-broken is given.
+
+The same images and options give the same file, byte for byte. Images in it are not compressed:
+50,000 of 32x32 in RGB take 166 MB, one of 256x256 takes 0.2 MB.
+"""
+
+
+@main.command(help=PREPARE_HELP)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT.zip")
 @click.option(
@@ -106,45 +140,8 @@ def prepare(
     skip_broken: bool,
     overwrite: bool,
 ) -> None:
-    """Write OUT.zip from the images at SOURCE: all of one size, as PNG, with their labels. It is
-    an input of refine.py --teach, of reference statistics, and of StyleGAN's and EDM's programs.
-
-    \b
-    python -m data prepare photos mine.zip --resolution 64 --crop center
-        the middle of each photo in the folder photos, 64x64
-    python -m data prepare cifar-10-python.tar.gz cifar10.zip
-        CIFAR-10 as its authors publish it; --split test for the test images
-    python -m data prepare train-images-idx3-ubyte.gz mnist.zip --resolution 32
-        MNIST and sets like it, the file of labels lying beside
-
-    \b
-    SOURCE is one of
-        a folder or zip of PNG, JPEG, WebP, BMP, GIF, TIFF, PPM, in folders of any depth
-        cifar-10-python.tar.gz, or the folder unpacked from it
-        an idx file of MNIST (train-images-idx3-ubyte.gz), or a folder of them
-        a zip or folder of this command, or of StyleGAN's or EDM's programs
-
-    Labels are those of dataset.json in SOURCE; without one, each folder of images is a class, in
-    the order of their names (cat is 0, dog is 1), and the names are kept. Images in one folder
-    have no labels.
-
-    Images are read in the order of their names. Images smaller than --resolution are enlarged,
-    except MNIST's 28x28 digits, which get a black border for --resolution 32. Photos are rotated by
-    their EXIF orientation, transparent pixels are composed on white, 16-bit channels are reduced to
-    their upper 8 bits, CMYK is converted to RGB without a color profile; the number of images for
-    each of these changes is printed at the end. Animations cannot be used. If any image cannot be
-    used, all such images are listed and nothing is written, unless --skip-broken is given.
-
-    The same images and options give the same file, byte for byte. Images in it are not compressed:
-    50,000 of 32x32 in RGB take 166 MB, one of 256x256 takes 0.2 MB.
-    """
-    # check the options
-    if flat_labels and no_labels:
-        raise UserError("--flat-labels and --no-labels exclude each other: give one of them")
-    if crop != "none" and resolution is None:
-        raise UserError(f"--crop {crop} needs the shape to crop to: give --resolution too")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise UserError(f"SOURCE and OUT are both {out}: write to another file")
+    """Write a zip of images; `PREPARE_HELP` explains it."""
+    _check_options(source, out, resolution, crop, flat_labels=flat_labels, no_labels=no_labels)
 
     # read the source
     labeling = "none" if no_labels else "flat" if flat_labels else "folders"
@@ -163,6 +160,24 @@ def prepare(
         show=_progress,
     )
     click.echo("\n".join(_report(summary, out)))
+
+
+def _check_options(
+    source: Path,
+    out: Path,
+    resolution: Size | None,
+    crop: str,
+    *,
+    flat_labels: bool,
+    no_labels: bool,
+) -> None:
+    """Raise UserError for options that exclude each other or miss another."""
+    if flat_labels and no_labels:
+        raise UserError("--flat-labels and --no-labels exclude each other: give one of them")
+    if crop != "none" and resolution is None:
+        raise UserError(f"--crop {crop} needs the shape to crop to: give --resolution too")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UserError(f"SOURCE and OUT are both {out}: write to another file")
 
 
 def _report(summary: Summary, out: Path) -> list[str]:

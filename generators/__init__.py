@@ -27,7 +27,7 @@ def load(source: str | Path) -> Generator:
 
 
 def save_refined(original: str | Path, out: str | Path, student: nn.Module) -> tuple[str, ...]:
-    """Write a copy of the student's StyleGAN pickle with its refined weights; return the records written.
+    """Write a copy of the student's StyleGAN pickle with its refined weights; return its records.
 
     G_ema and G (where present) carry them, all else is as in the original, so every tool that
     opened that opens this. Raises core.errors.UserError if the original is no such pickle, of

@@ -1,5 +1,5 @@
 """Parts that the StyleGAN families share: mapping network, layers of equalized learning rate, and
-published arguments are read.
+the reading of published arguments.
 
 StyleGAN2 (Karras et al., CVPR 2020). Parameter and buffer names are those of the published
 networks.

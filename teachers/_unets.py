@@ -30,6 +30,41 @@ from teachers._layers import (
 )
 
 
+def _song_style(emb_channels: int, dropout: float, taps: tuple[int, ...]) -> BlockStyle:
+    """Return the blocks of DDPM++ and NCSN++."""
+    return BlockStyle(
+        emb_channels=emb_channels,
+        dropout=dropout,
+        resample_filter=taps,
+        init=Init("xavier_uniform"),
+        init_zero=Init("xavier_uniform", weight_scale=1e-5),
+        init_attention=Init("xavier_uniform", weight_scale=math.sqrt(0.2)),
+        num_heads=1,
+        skip_scale=math.sqrt(0.5),
+        norm_eps=1e-6,
+        project_resampled=True,
+        adaptive_scale=False,
+    )
+
+
+def _adm_style(emb_channels: int, dropout: float) -> BlockStyle:
+    """Return the blocks of ADM."""
+    init = Init("kaiming_uniform", weight_scale=math.sqrt(1 / 3), bias_scale=math.sqrt(1 / 3))
+    return BlockStyle(
+        emb_channels=emb_channels,
+        dropout=dropout,
+        resample_filter=(1, 1),
+        init=init,
+        init_zero=Init("kaiming_uniform", weight_scale=0.0),
+        init_attention=init,
+        num_heads=None,
+        skip_scale=1.0,
+        norm_eps=1e-5,
+        project_resampled=False,
+        adaptive_scale=True,
+    )
+
+
 class SongUNet(nn.Module):
     """DDPM++ (positional, standard, standard) and NCSN++ (fourier, residual, standard)."""
 
@@ -55,22 +90,10 @@ class SongUNet(nn.Module):
         resample_filter: Sequence[int],
     ) -> None:
         super().__init__()
-        init = Init("xavier_uniform")
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        style = BlockStyle(
-            emb_channels=emb_channels,
-            dropout=dropout,
-            resample_filter=tuple(resample_filter),
-            init=init,
-            init_zero=Init("xavier_uniform", weight_scale=1e-5),
-            init_attention=Init("xavier_uniform", weight_scale=math.sqrt(0.2)),
-            num_heads=1,
-            skip_scale=math.sqrt(0.5),
-            norm_eps=1e-6,
-            project_resampled=True,
-            adaptive_scale=False,
-        )
+        style = _song_style(emb_channels, dropout, tuple(resample_filter))
+        init = style.init
         levels = _levels(img_resolution, model_channels, channel_mult)
 
         self.label_dropout = LabelDropout(label_dropout)
@@ -123,7 +146,7 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """ADM: adaptive group normalisation, heads of 64 channels, unscaled skips."""
+    """ADM: adaptive group normalization, heads of 64 channels, unscaled skips."""
 
     def __init__(
         self,
@@ -142,22 +165,9 @@ class DhariwalUNet(nn.Module):
         label_dropout: float,
     ) -> None:
         super().__init__()
-        init = Init("kaiming_uniform", weight_scale=math.sqrt(1 / 3), bias_scale=math.sqrt(1 / 3))
-        init_zero = Init("kaiming_uniform", weight_scale=0.0)
         emb_channels = model_channels * channel_mult_emb
-        style = BlockStyle(
-            emb_channels=emb_channels,
-            dropout=dropout,
-            resample_filter=(1, 1),
-            init=init,
-            init_zero=init_zero,
-            init_attention=init,
-            num_heads=None,
-            skip_scale=1.0,
-            norm_eps=1e-5,
-            project_resampled=False,
-            adaptive_scale=True,
-        )
+        style = _adm_style(emb_channels, dropout)
+        init, init_zero = style.init, style.init_zero
         levels = _levels(img_resolution, model_channels, channel_mult)
 
         self.label_dropout = LabelDropout(label_dropout)
