@@ -42,8 +42,9 @@ def main() -> None:
     """Prepare sets of real images for references (FID) and for training."""
 
 
-PREPARE_HELP = """Write OUT.zip from the images at SOURCE: all of one size, as PNG, with their labels. It
-is an input of refine.py --teach, of reference statistics, and of StyleGAN's and EDM's programs.
+PREPARE_HELP = """Write OUT.zip from the images at SOURCE: of one size, as PNG, with their labels.
+
+It is an input of refine.py --teach, of reference statistics, and of StyleGAN's and EDM's programs.
 
 \b
 python -m data prepare photos mine.zip --resolution 64 --crop center
