@@ -116,7 +116,7 @@ CASES = {
     "dropout, the paper's weights": Case(
         2,
         objective={
-            "dropout": {"score": True, "ikl_gradient": True},
+            "dropout": {"score": True, "gradient": True},
             "weighting": "dmd",
             "sigma": {"law": "karras"},
         },
