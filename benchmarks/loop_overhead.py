@@ -3,10 +3,10 @@
     python -m benchmarks.loop_overhead                      CIFAR-10's DDPM++, on the CPU
     python -m benchmarks.loop_overhead --device cuda --batch 128 --column "bfloat16, shared batch"
 
-`training.trainer.train` runs as in a run, with a row of readings after every round. The networks'
+`training.trainer.train` runs as in a run, with a row of stats after every round. The networks'
 forward passes, backward passes and the optimizers are timed as they are called; what is left of the
 time from one round's end to the next is the loop's: draws, noise and losses, gradient norms and
-their check, the moving average, readings. On a GPU the device is waited for around each part, so
+their check, the moving average, stats. On a GPU the device is waited for around each part, so
 that its work counts if it was asked for.
 """
 

@@ -61,7 +61,7 @@ def _play(device: str, shape: str, rounds: int, names: list[str]) -> None:
         teachers = [state.networks.teacher] if "teacher" in names else []
 
         # run, timed, and read the memory
-        with fsdp.sharded(teachers, world):
+        with fsdp.sharding(teachers, world):
             _held(world)
             for _ in range(rounds):
                 started = time.perf_counter()

@@ -46,7 +46,7 @@ from objectives import diff_instruct
 from teachers import edm
 from training import state as training_state
 from training import step
-from training.compilation import Mode, compiled
+from training.compilation import Mode, compiled_networks
 from training.config import Config
 from training.state import TrainState
 
@@ -234,7 +234,7 @@ def _ours(task: Task) -> Iterator[Callable[[], object]]:
     config = Config(batch_size=task.batch, precision=column.precision, compile=column.compile)
     settings = diff_instruct.Config(shared_batch=column.shared_batch)
     objective, alone = diff_instruct.build(settings), World.single(device)
-    with compiled(state.networks, column.compile, device) as networks:
+    with compiled_networks(state.networks, column.compile, device) as networks:
         yield lambda: list(
             step.training_iteration(state, objective, config, trained=networks, world=alone)
         )

@@ -18,13 +18,13 @@ from training.fsdp import full_tensor
 T = TypeVar("T")
 
 
-def copied(value: T, before: object = None) -> T:
+def copy_to_host(value: T, before: object = None) -> T:
     """Return a CPU copy of the tensors in dicts and lists, with their strides; shards become
     full tensors.
 
     before: an earlier copy, whose tensors are overwritten if they fit; the copy may hold them.
     """
-    return cast(T, _copied(value, before))
+    return cast(T, _copy_value(value, before))
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -36,18 +36,18 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(below)
 
 
-def _copied(value: object, before: object) -> object:
+def _copy_value(value: object, before: object) -> object:
     if isinstance(value, Tensor):
         return _tensor(full_tensor(value.detach()), before)
     if isinstance(value, dict):
         earlier = before if isinstance(before, Mapping) else {}
-        made = copy.copy(value)  # with what a state dict has beside its items: `_metadata`
-        made.update({key: _copied(below, earlier.get(key)) for key, below in value.items()})
-        return made
+        result = copy.copy(value)  # keeps a state dict's `_metadata`
+        result.update({key: _copy_value(below, earlier.get(key)) for key, below in value.items()})
+        return result
     if isinstance(value, (list, tuple)):
         earlier = before if isinstance(before, Sequence) else ()
         pairs = zip(value, itertools.chain(earlier, itertools.repeat(None)), strict=False)
-        return type(value)(_copied(*pair) for pair in pairs)
+        return type(value)(_copy_value(*pair) for pair in pairs)
     return value
 
 

@@ -22,7 +22,7 @@ from core.errors import UserError
 from core.run_folder import RunFolder
 from training import fsdp
 from training._checksum import damage, scores_of, seal
-from training._host_copy import copied, tensors_in
+from training._host_copy import copy_to_host, tensors_in
 from training.loss_scale import LossScale
 from training.state import TrainState
 
@@ -98,7 +98,7 @@ class Writer:
             for tensor in tensors_in(content):
                 fsdp.full_tensor(tensor)  # the main one has no use of parts
             return
-        self._copy = copied(content, self._copy)
+        self._copy = copy_to_host(content, self._copy)
         self._writing = self._thread.submit(
             _write, self._copy, self.folder, self.keep, dict(scores)
         )
@@ -135,7 +135,7 @@ def newest(folder: RunFolder) -> Path | None:
 
 
 def images_saved(folder: RunFolder) -> int:
-    """Return how many images the newest checkpoint has seen; 0 where there is none."""
+    """Return the images seen of the newest checkpoint; 0 without any."""
     path = newest(folder)
     return 0 if path is None else int(path.stem)
 
@@ -152,7 +152,7 @@ def best_intact(folder: RunFolder, keep: Retention) -> Path | None:
     intact one. None without any.
     """
     chosen = best(folder, keep)
-    return chosen if chosen is not None and damage(chosen) is None else _newest_whole(folder)
+    return chosen if chosen is not None and damage(chosen) is None else _newest_intact(folder)
 
 
 def drop_after(path: Path, folder: RunFolder) -> None:
@@ -173,13 +173,12 @@ def drop_newest(folder: RunFolder) -> None:
 
 
 def restore_newest(state: TrainState, folder: RunFolder, world: World) -> Path | None:
-    """Return the path of the newest whole checkpoint, after setting the state to it; None where
-    there is none yet.
+    """Restore the newest intact checkpoint and return its path; None without any.
 
     Those that are damaged are named in the log and set aside (NAME.pt.damaged). All ranks call it;
     the main one chooses. Raises UserError if none is whole, or if the newest does not fit.
     """
-    path = distributed.broadcast_from_main(_newest_whole(folder) if world.is_main else None, world)
+    path = distributed.broadcast_from_main(_newest_intact(folder) if world.is_main else None, world)
     if path is not None:
         restore(state, path)
     return path
@@ -203,7 +202,7 @@ def restore(state: TrainState, path: Path) -> None:
             network.load_state_dict(fsdp.distribute_state_like(content[name], network))
         state.student_ema.load_state_dict(content["student_ema"])
         for name, optimizer in state.optimizers.items():
-            optimizer.load_state_dict(_parted(content["optimizers"][name], optimizer))
+            optimizer.load_state_dict(_distribute_state(content["optimizers"][name], optimizer))
         scales = content.get("loss_scales", {})
         state.loss_scales = {phase: LossScale(*known) for phase, known in scales.items()}
         state.images_seen = content["images_seen"]
@@ -216,21 +215,22 @@ def restore(state: TrainState, path: Path) -> None:
         ) from error
 
 
-def _parted(saved: Content, optimizer: torch.optim.Optimizer) -> Content:
-    """Return an optimizer's saved state with its tensors spread as their parameters are."""
+def _distribute_state(saved: Content, optimizer: torch.optim.Optimizer) -> Content:
+    """Return an optimizer's saved state with its tensors sharded like their parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = cast(Mapping[int, Mapping[str, Tensor]], saved["state"])
-    spread = {
+    distributed_state = {
         index: {
             name: fsdp.distribute_like(value, parameters[index]) for name, value in values.items()
         }
         for index, values in state.items()
     }
-    return {**saved, "state": spread}
+    return {**saved, "state": distributed_state}
 
 
-def _newest_whole(folder: RunFolder) -> Path | None:
-    """Return the newest whole checkpoint, after setting aside those after it."""
+def _newest_intact(folder: RunFolder) -> Path | None:
+    """Return the newest intact checkpoint, after renaming the damaged ones after it."""
+    # newest first, until one is intact
     damaged: list[Path] = []
     for path in reversed(_all(folder)):
         wrong = damage(path)
@@ -245,6 +245,8 @@ def _newest_whole(folder: RunFolder) -> Path | None:
                 "back from a copy, or begin a new run"
             )
         return None
+
+    # out of the way, so that none is read again
     for each in damaged:
         with suppress(OSError):  # to read is enough for a report
             each.rename(each.with_name(f"{each.name}.damaged"))
@@ -261,7 +263,7 @@ def _write(
         torch.save(content, partial)
         seal(partial, scores)
     paths = _all(folder)
-    for old in set(paths) - _kept(paths, keep):
+    for old in set(paths) - _retained_paths(paths, keep):
         try:
             old.unlink(missing_ok=True)
         except OSError as error:  # the new one is written all the same
@@ -269,14 +271,14 @@ def _write(
     return path
 
 
-def _kept(paths: Sequence[Path], keep: Retention) -> set[Path]:
+def _retained_paths(paths: Sequence[Path], keep: Retention) -> set[Path]:
     """Return those checkpoints that stay, of all, oldest first."""
-    kept = set(paths[-keep.newest :])
+    retained = set(paths[-keep.newest :])
     if step := round(keep.every_kimg * 1000):
         first = {int(path.stem) // step: path for path in reversed(paths)}
-        kept |= {path for multiple, path in first.items() if multiple > 0}
+        retained |= {path for multiple, path in first.items() if multiple > 0}
     chosen = _best(paths, keep)
-    return kept if chosen is None else kept | {chosen}
+    return retained if chosen is None else retained | {chosen}
 
 
 def _best(paths: Sequence[Path], keep: Retention) -> Path | None:
@@ -284,9 +286,9 @@ def _best(paths: Sequence[Path], keep: Retention) -> Path | None:
     if keep.best is None:
         return None
     scored = {path: scores_of(path) for path in paths}
-    found = {path: scores[keep.best] for path, scores in scored.items() if keep.best in scores}
+    values = {path: scores[keep.best] for path, scores in scored.items() if keep.best in scores}
     choose = min if keep.best_is == "lowest" else max
-    return choose(found, key=found.__getitem__, default=None)
+    return choose(values, key=values.__getitem__, default=None)
 
 
 def _content(state: TrainState) -> Content:

@@ -23,11 +23,13 @@ Mode = Literal["default", "reduce-overhead", "max-autotune"]
 kernels as well, so that a resumed run may use others than the one before.
 """
 _FORMS = 64
-"""So many shapes, precisions and modes of one class of network; then something is wrong."""
+"""Recompilation limit per class of network: shapes, precisions and modes."""
 
 
 @contextmanager
-def compiled(networks: Networks, mode: Mode | None, device: torch.device) -> Iterator[Networks]:
+def compiled_networks(
+    networks: Networks, mode: Mode | None, device: torch.device
+) -> Iterator[Networks]:
     """Yield the networks compiled: others, that share their parameters. None: just the networks.
 
     Raises UserError if nothing can be compiled for the device.
@@ -35,14 +37,17 @@ def compiled(networks: Networks, mode: Mode | None, device: torch.device) -> Ite
     if mode is None:
         yield networks
         return
+
+    # torch.compile of each network that has parameters
     options = {**torch._inductor.list_mode_options(mode), "fallback_random": True}
-    _try_out(device)
+    _check_compiler(device)
 
     def of(network: nn.Module) -> nn.Module:
         if not any(True for _ in network.parameters()):
             return network
         return cast(nn.Module, torch.compile(network, dynamic=False, options=options))
 
+    # within the body, more forms than expected are an error
     with torch._dynamo.config.patch(recompile_limit=_FORMS, fail_on_recompile_limit_hit=True):
         yield replace(
             networks,
@@ -57,7 +62,7 @@ def replays(mode: Mode | None) -> bool:
     return mode in ("reduce-overhead", "max-autotune")
 
 
-def _try_out(device: torch.device) -> None:
+def _check_compiler(device: torch.device) -> None:
     """Raise UserError if not even a sum can be compiled."""
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.ones(2, device=device))

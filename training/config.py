@@ -81,13 +81,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _compiled_or_parted(self) -> Config:
+    def _compile_excludes_shard(self) -> Config:
         if self.compile is not None and self.shard:
             raise ValueError("compile and shard cannot be combined: leave one of them out")
         return self
 
     @model_validator(mode="after")
-    def _optimizer_can_be_parted(self) -> Config:
+    def _check_sharded_optimizer(self) -> Config:
         if self.optimizer.name == "Adafactor" and {"student", "score"} & set(self.shard):
             raise ValueError(
                 "shard: Adafactor needs whole matrices: take Adam, or shard the teacher alone"

@@ -133,6 +133,8 @@ class DivergenceMonitor:
         """
         factor, earlier = self.config.stats_factor, self._stats[-self.config.window_rows :]
         self._stats = [*earlier, dict(means)]
+
+        # each value against its own median
         for name, value in means.items():
             history = [abs(row[name]) for row in earlier if name in row]
             if factor is None or len(history) < _FEWEST_ROWS:
@@ -186,6 +188,7 @@ def roll_back(
     None if settings or the lack of a checkpoint forbid it. All ranks call it, with no checkpoint
     being written.
     """
+    # the checkpoint, if settings and folder allow one
     if monitor.is_spent:
         return None
     path = distributed.broadcast_from_main(
@@ -194,6 +197,7 @@ def roll_back(
     if path is None:
         return None
 
+    # the row of the log, then the state
     rollback = Rollback(
         images_seen=int(path.stem),
         why=error.why,

@@ -36,8 +36,10 @@ def shard(network: nn.Module, world: World) -> None:
     if undivided := [name for name, value in parameters.items() if value.dim() == 0]:
         raise UserError(
             f"training.shard: {type(network).__name__} has numbers for parameters "
-            f"({undivided[0]}, …), which cannot be parted: leave that network out"
+            f"({undivided[0]}, …), which cannot be sharded: leave that network out"
         )
+
+    # layer by layer, then the rest
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -59,7 +61,7 @@ def gather(network: nn.Module) -> None:
 
 
 @contextmanager
-def sharded(networks: Iterable[nn.Module], world: World) -> Iterator[None]:
+def sharding(networks: Iterable[nn.Module], world: World) -> Iterator[None]:
     """Shard the networks within the body, and gather them when it ends without an error."""
     listed = list(networks)
     for network in listed:

@@ -42,15 +42,15 @@ class LossScale:
             factor = ranks / self.value
             torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
-    def kept(self) -> None:
-        """Note an update whose gradients were finite."""
+    def count_finite(self) -> None:
+        """Count an update with finite gradients; the factor doubles after 2000 of them."""
         if self.is_fixed:
             return
         self.good_updates += 1
         if self.good_updates == _GROWS_AFTER:
             self.value, self.good_updates = self.value * 2, 0
 
-    def lowered(self) -> bool:
+    def lower(self) -> bool:
         """Halve the factor and return True; at 1 the overflow has another cause: False."""
         if self.is_fixed or self.value <= 1:
             return False

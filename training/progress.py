@@ -48,11 +48,15 @@ class Progress:
         self.speaks = world.is_main
         wants_events = tensorboard and self.speaks
         self._events = Events(folder, images_seen=images_seen) if wants_events else None
+
+        # sums since the last row, and the rate since the start
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._evaluated: dict[str, float] = {}
         self._started_at, self._started_images = time.monotonic(), images_seen
         self._line_at = self._started_at
+
+        # a bar on a terminal
         bar = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} images {postfix}"
         self._bar = (
             tqdm(initial=images_seen, total=total_images, bar_format=bar, dynamic_ncols=True)

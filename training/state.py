@@ -68,8 +68,8 @@ class TrainState:
     """Moving average of the student, in eval mode: evaluated and published."""
     optimizers: dict[TrainedNetwork, torch.optim.Optimizer]
     lr_scale: float = 1.0
-    """Both learning rates are multiplied by it: below 1 after a rollback. The readings hold it, not
-    the checkpoint, which is older than the rollback to it.
+    """Both learning rates are multiplied by it: below 1 after a rollback. The log holds it, not the
+    checkpoint, which is older than the rollback to it.
     """
     loss_scales: dict[str, LossScale] = field(default_factory=dict)
     """Phase -> the factor on its loss; in float16 alone."""
@@ -89,12 +89,15 @@ def start(
     shard: of student and score, those to be spread over the processes of the world, before their
     optimizers are made; the student's average stays whole. Raises UserError if one cannot be.
     """
+    # the teacher is frozen; the average starts as a copy
     networks.teacher.eval().requires_grad_(False)
     ema = copy.deepcopy(networks.student).eval().requires_grad_(False)
     learning: dict[TrainedNetwork, tuple[nn.Module, float]] = {
         "student": (networks.student, student_lr),
         "score": (networks.score, score_lr),
     }
+
+    # shard before the optimizers are created
     for name, (network, _) in learning.items():
         if name in shard and world is not None:
             fsdp.shard(network, world)
@@ -112,8 +115,8 @@ def update_ema(average: nn.Module, network: nn.Module, *, decay: float) -> None:
     slow: list[Tensor] = list(average.parameters())
     fast: list[Tensor] = [fsdp.full_tensor(parameter) for parameter in network.parameters()]
     torch._foreach_lerp_(slow, fast, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-    for kept, current in zip(average.buffers(), network.buffers(), strict=True):
-        kept.copy_(current)
+    for averaged, current in zip(average.buffers(), network.buffers(), strict=True):
+        averaged.copy_(current)
 
 
 def _optimizer(network: nn.Module, lr: float, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -159,14 +159,17 @@ def _checked_norms(
     Empty if float16 gradients overflowed: the step is skipped and the next loss scaled less.
     Raises Diverged for any other value that is not finite.
     """
+    # norms of the averaged gradients, and the mean loss over ranks
     scale.unscale(learning.values(), ranks=world.size)
     norms: dict[TrainedNetwork, Tensor] = {n: _gradient_norm(net) for n, net in learning.items()}
     total = torch.cat([output.per_image for output in outputs]).sum()
     loss = distributed.mean(total * (world.size / config.batch_size), world)
+
+    # finite: go on; overflow in float16: skip; else the run diverged
     if torch.isfinite(sum(norms.values(), loss)):
-        scale.kept()
+        scale.count_finite()
         return norms
-    if torch.isfinite(loss) and scale.lowered():
+    if torch.isfinite(loss) and scale.lower():
         return {}
     shown = " and ".join(f"{float(norm):.4g} ({name})" for name, norm in norms.items())
     raise Diverged(

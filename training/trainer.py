@@ -17,9 +17,9 @@ from core.roles import Networks, Objective
 from core.run_folder import RunFolder
 from core.run_log import Best, Divergence, EarlyStop
 from training import checkpoint, fsdp
-from training.compilation import compiled
+from training.compilation import compiled_networks
 from training.config import Config
-from training.divergence import Diverged, DivergenceMonitor, Score, WatchedMetric, roll_back
+from training.divergence import Diverged, DivergenceMonitor, WatchedMetric, roll_back
 from training.progress import Progress
 from training.schedule import Every
 from training.state import TrainState
@@ -84,8 +84,8 @@ class Trainer:
         sharded_teacher = [state.networks.teacher] if "teacher" in config.shard else []
         self.monitor = self._new_monitor()
         with (
-            fsdp.sharded(sharded_teacher, self.world),
-            compiled(state.networks, config.compile, self.world.device) as networks,
+            fsdp.sharding(sharded_teacher, self.world),
+            compiled_networks(state.networks, config.compile, self.world.device) as networks,
             Progress(
                 self.folder,
                 self.world,
@@ -177,12 +177,16 @@ class Trainer:
             keep=self.config.keep,
             world=self.world,
         )
+
+        # forbidden: log the end
         if rollback is None:
             if self.world.is_main:
                 self.folder.log.append(
                     Divergence(images_seen=self.state.images_seen, why=error.why)
                 )
             raise error
+
+        # from here on, judge and show by the shortened log
         self.monitor = self._new_monitor()
         self.progress.restart(self.state.images_seen)
 
@@ -194,24 +198,33 @@ class Trainer:
         now, rows = self.state.images_seen, self.folder.log.rows()
         if any(isinstance(row, EarlyStop | Best) for row in rows):
             return  # an earlier process did
-        if self.stops_early and self.monitor.best is not None:
-            early = EarlyStop(images_seen=now, **self._score_fields(self.monitor.best))
+        watched, best = self.monitor.watched, self.monitor.best
+        assert watched is not None  # a curve has a metric
+
+        # an early stop
+        if self.stops_early and best is not None:
+            early = EarlyStop(
+                images_seen=now,
+                metric=watched.name,
+                value=best.value,
+                at_images_seen=best.images_seen,
+            )
             _log.info("ends early, after %d images: %s", now, _sentence(early))
             self.folder.log.append(early)
+
+        # the best checkpoint, if it is better than the end
         path = checkpoint.best(self.folder, self.config.keep)
         saved = [] if path is None else [s for s in curve if s.images_seen == int(path.stem)]
         if path is not None and saved and self.monitor.is_better(saved[-1], curve[-1]):
-            best = Best(images_seen=now, checkpoint=path.name, **self._score_fields(saved[-1]))
-            _log.info("%s is better than the end: %s", path, _sentence(best))
-            self.folder.log.append(best)
-
-    def _score_fields(self, score: Score) -> dict:
-        assert self.monitor.watched is not None
-        return {
-            "metric": self.monitor.watched.name,
-            "value": score.value,
-            "at_images_seen": score.images_seen,
-        }
+            row = Best(
+                images_seen=now,
+                metric=watched.name,
+                value=saved[-1].value,
+                at_images_seen=saved[-1].images_seen,
+                checkpoint=path.name,
+            )
+            _log.info("%s is better than the end: %s", path, _sentence(row))
+            self.folder.log.append(row)
 
     def _evaluation_is_due(self, now: int) -> bool:
         return Every.kimg(self.evaluate_every_kimg).due(now - self.config.batch_size, now)

@@ -181,7 +181,7 @@ def test_a_signal_while_measuring_does_not_wait_for_its_end(
     recipe: Path, whole: RunFolder, tmp_path: Path
 ) -> None:
     """The measurement is given up after the batch that it came in, the state saved; --resume makes
-    up for it and ends with the same bytes and readings.
+    up for it and ends with the same bytes and stats.
     """
     small = "evaluation.batch_size=20"
     process, folder = signalled(signal.SIGTERM, recipe, tmp_path, small, program=MEASURING)

@@ -321,14 +321,14 @@ def test_a_shared_batch_has_one_law_of_sigma() -> None:
     assert Config(shared_batch=True, sigma=law, score_sigma=law).sigma == law
 
 
-def test_loss_is_one_number_an_image_and_readings_are_means() -> None:
-    """[N] each with graph, so the loop alone averages; readings are detached scalars."""
+def test_loss_is_one_number_an_image_and_stats_are_means() -> None:
+    """[N] each with graph, so the loop alone averages; stats are detached scalars."""
     networks, samples = exact_networks(), batch(8)
     for phase in build(Config()).phases:
         output = phase.loss(networks, samples)
         assert output.per_image.shape == (8,) and output.per_image.requires_grad
-        for reading in output.stats.values():
-            assert reading.shape == () and not reading.requires_grad
+        for value in output.stats.values():
+            assert value.shape == () and not value.requires_grad
 
 
 def test_images_of_a_batch_do_not_meet() -> None:

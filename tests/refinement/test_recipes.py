@@ -94,11 +94,9 @@ def test_the_unconditional_cifar10_recipe_trains_networks_of_the_published_shape
         optimizer=recipe.training.optimizer,
     )
     for phase in parts.objective.phases:
-        readings = step.optimizer_step(
-            phase, 0, began, recipe.training, trained=networks, world=ALONE
-        )
-        assert all(value.isfinite() for value in readings.values())
-        assert readings[f"{phase.name}_gradient"] > 0
+        stats = step.optimizer_step(phase, 0, began, recipe.training, trained=networks, world=ALONE)
+        assert all(value.isfinite() for value in stats.values())
+        assert stats[f"{phase.name}_gradient"] > 0
 
 
 def test_the_conditional_cifar10_recipe_takes_networks_of_the_published_shapes() -> None:

@@ -44,7 +44,7 @@ evaluation:
   pairs: 4
 device: cpu
 """
-"""Ten rounds, readings after every second, checkpoints and measurements after every fourth."""
+"""Ten iterations: stats after every second, checkpoints and evaluations after every fourth."""
 
 
 class Outcome(NamedTuple):

@@ -21,7 +21,7 @@ from objectives._dropout import dropping
 from teachers import edm
 from tiny_networks import songunet_config
 from training import checkpoint, compilation
-from training.compilation import Mode, compiled
+from training.compilation import Mode, compiled_networks
 from training.config import Config
 from training.state import TrainState, start
 from training.trainer import Trainer
@@ -181,14 +181,14 @@ def test_dropout_is_the_same_in_score_and_teacher() -> None:
     expected = dropped(network)
     assert not torch.equal(expected, network.eval()(torch.ones(6, 4)))
     trio = Networks(copy.deepcopy(network), network, copy.deepcopy(network))
-    with compiled(trio, "default", CPU) as networks:
+    with compiled_networks(trio, "default", CPU) as networks:
         torch.testing.assert_close(dropped(networks.score), expected)
         with torch.no_grad():
             torch.testing.assert_close(dropped(networks.teacher), expected)
 
 
 def test_generators_and_teachers_are_compiled_whole() -> None:
-    """A round of Diff-Instruct on StyleGAN2 and EDM has no break in a graph, and the readings and
+    """A round of Diff-Instruct on StyleGAN2 and EDM has no break in a graph, and the stats and
     steps of networks that are not compiled.
     """
     torch.manual_seed(0)
@@ -212,7 +212,7 @@ def test_generators_and_teachers_are_compiled_whole() -> None:
     expected = gradients(trio)
     torch._dynamo.reset()
     counters.clear()
-    with compiled(trio, "default", CPU) as networks:
+    with compiled_networks(trio, "default", CPU) as networks:
         found = gradients(networks)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     assert (found - expected).norm() <= 1e-4 * expected.norm()
@@ -228,7 +228,7 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -
     trio = Networks(Layers(), Layers(), Layers())
     with (
         pytest.raises(UserError, match=r"\(RuntimeError: no g\+\+ found\): a C\+\+ compiler"),
-        compiled(trio, "default", CPU),
+        compiled_networks(trio, "default", CPU),
     ):
         pass
 

@@ -180,7 +180,7 @@ def numbers(state: TrainState) -> list[float]:
 
 def test_a_run_goes_back_and_on_at_a_lower_rate(folder: RunFolder) -> None:
     """At a learning rate of 3 the number doubles each round; halved once, it shrinks, and the run
-    ends. Its readings say what was done, and hold no row of what was undone.
+    ends. Its log names the rollback, and holds no row of the undone iterations.
     """
     state = run(folder, settings())
     (done,) = folder.log.all(Rollback)

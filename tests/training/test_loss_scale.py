@@ -127,12 +127,12 @@ def test_the_factor_grows_after_many_good_updates() -> None:
     """Twice as large after 2000, and from then on anew."""
     scale = LossScale(1024.0)
     for _ in range(1999):
-        scale.kept()
+        scale.count_finite()
     assert scale.value == 1024
-    scale.kept()
+    scale.count_finite()
     assert (scale.value, scale.good_updates) == (2048, 0)
-    scale.kept()
-    assert scale.lowered() and (scale.value, scale.good_updates) == (1024, 0)
+    scale.count_finite()
+    assert scale.lower() and (scale.value, scale.good_updates) == (1024, 0)
 
 
 def test_a_resumed_run_has_the_factor_of_the_one_before(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Status: what a line of progress says, and TensorBoard's files beside the readings."""
+"""Progress: the line of a running training, and TensorBoard's files beside the log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path, "run")
 
 
-def test_a_line_of_progress_names_rate_time_memory_and_readings(
+def test_a_line_of_progress_names_rate_time_memory_and_stats(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """100 of 400 images in 10 s: 10 a second, half a minute left; memory is this process's peak."""
@@ -78,7 +78,7 @@ def curves(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_tensorboard_shows_what_the_readings_hold(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_rows_of_the_log(tmp_path: Path) -> None:
     """Every reading and measurement of a run, and its sample grids, by images seen; once each, also
     where the run was resumed.
     """
