@@ -73,6 +73,7 @@ def load_components(recipe: Recipe, world: World) -> Components:
     """
     # rank 0 downloads what is not here yet
     with distributed.main_first(world):
+        check_files(recipe)
         teacher, student = load_networks(recipe)
         fitted = build_adapter(recipe, student, teacher)
         objective = build_objective(recipe, student)
@@ -96,6 +97,27 @@ def load_components(recipe: Recipe, world: World) -> Components:
     )
 
 
+def check_files(recipe: Recipe) -> None:
+    """Raise UserError for a short name or a local file that does not exist; nothing is loaded."""
+    files = recipe.files
+
+    # names of the published teachers, for whatever holds a teacher's network
+    for file in (files.teacher, files.student if recipe.mode == "teach" else None):
+        if file is not None:
+            teachers.check_name(file.shown)
+
+    # local files in the order of their use
+    for file in (
+        files.teacher,
+        files.student,
+        files.images,
+        files.reference,
+        files.teacher_samples,
+    ):
+        if file is not None and not file.is_url:
+            _ = file.path
+
+
 def load_networks(recipe: Recipe) -> tuple[nn.Module, Generator | Denoiser]:
     """Return teacher and student; a one-step student without a network of its own copies it."""
     section, seed, files = recipe.student, recipe.training.seed, recipe.files
@@ -116,8 +138,6 @@ def load_network(
     if file is None:
         torch.manual_seed(seed)
         return plugins.load(folder, cast(str, section.family)).build(family_config(folder, section))
-    if folder == "teachers":
-        teachers.check_name(file.shown)
     if file.licence is not None:
         _log.info("%s: %s", file, file.licence)
     load = {"generators": generators.load, "teachers": teachers.load}[folder]

@@ -41,6 +41,17 @@ def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
         _ = File("x", str(tmp_path / "x"), expected_sha256="0" * 64).path
 
 
+def test_the_hash_of_a_run_is_that_of_its_weights(tmp_path: Path) -> None:
+    """A recipe may give sha256 for a run's folder too."""
+    (tmp_path / "recipe.yaml").touch()
+    weights = tmp_path / "student.safetensors"
+    weights.write_text("content")
+    right = core.file.sha256_of(weights)
+    assert File("run", str(tmp_path), expected_sha256=right).path == weights
+    with pytest.raises(UserError, match=r"student\.safetensors has SHA-256"):
+        _ = File("run", str(tmp_path), expected_sha256="0" * 64).path
+
+
 def test_a_run_stands_for_its_weights(tmp_path: Path) -> None:
     """A recipe and every command take a run's folder; one without weights says how to go on."""
     recipe = tiny_recipe(tmp_path)
