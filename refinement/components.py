@@ -22,7 +22,7 @@ from core.file import File
 from core.roles import Denoiser, Generator, Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
-from eval import edm_sampler, evaluator, reference, samples
+from eval import edm_sampler, evaluator, features, reference, samples
 from eval.evaluator import Evaluator, size
 from eval.metrics.registry import Planned
 from eval.reference import Reference
@@ -200,7 +200,13 @@ def load_evaluator(recipe: Recipe, student: Generator | Denoiser, world: World) 
     for file in (recipe.files.reference, recipe.files.teacher_samples):
         if file is not None:
             _ = file.path  # a wrong path is said before an extractor is fetched
-    return evaluator.load(recipe.evaluation, image_shape=student.image_shape, world=world)
+
+    # an extractor's file may be one of the project's
+    config, file = recipe.evaluation, recipe.files.extractor
+    if file is not None and file.location != file.shown:
+        extractor = features.with_weights(config.extractor, file.location)
+        config = config.model_copy(update={"extractor": extractor})
+    return evaluator.load(config, image_shape=student.image_shape, world=world)
 
 
 def add_reference(loaded: Evaluator, recipe: Recipe, student: Generator | Denoiser) -> Evaluator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cli_runs import call, tiny_recipe
 from core.downloads import sha256_of
 from core.errors import UserError
 from core.file import File
+from eval import features
 from generators import stylegan2
 from pretrained import networks
 from refinement.components import load_network
@@ -104,6 +106,36 @@ def test_a_run_stands_for_its_weights(tmp_path: Path) -> None:
     (run / "student.safetensors").unlink()
     refused = call("--gan", recipe, "--outdir", tmp_path / "no", f"student={{weights: {run}}}")
     assert refused.code == 2 and f"--resume {run}" in refused.stderr
+
+
+@pytest.mark.parametrize("command", [["--dry-run"], []], ids=["listed", "run"])
+def test_an_extractor_of_the_project_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    """--dry-run and the run look for its weights in the same places; a report shows its name."""
+    monkeypatch.chdir(tmp_path)
+    name = "assets/mnist32/features.safetensors"
+    brief = ("training.duration_kimg=0.064", "evaluation.images=1000", "evaluation.seeds=1")
+    more = ("evaluation.every_kimg=0", "training.anneal_kimg=0", "objective.head_start_kimg=0")
+    mine = (f"evaluation.extractor={name}", "evaluation.reference=teacher")
+    outcome = call("--gan", *brief, *more, *mine, *command)
+    assert outcome.code == 0, outcome.stderr
+    if command:
+        assert f"# extractor: {ROOT / name} (" in outcome.stdout
+        return
+    run = tmp_path / "runs" / "00000-mnist32"
+    assert read_recipe(run / "recipe.yaml").evaluation.extractor == name
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["extractor"]["name"] == "features.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"), [("a.safetensors", "/b"), ("inception:a.pth", "inception:/b")]
+)
+def test_an_extractor_keeps_its_kind_with_other_weights(name: str, moved: str) -> None:
+    """The weights' place in a name of an extractor can be replaced, and nothing else is."""
+    assert features.with_weights(name, "/b") == moved
+    assert features.weights_of(moved) == "/b"
 
 
 def test_a_run_resolves_and_hashes_each_file_once(
