@@ -34,10 +34,8 @@ from core.cli import report_user_errors, set_up_logging
 from core.disk import atomic_write
 from core.distributed import World
 from core.errors import UserError
-from core.file import File
 from core.precision import allow_tf32
 from core.run_folder import RunFolder
-from eval import features
 from refinement.components import Components, load_components
 from refinement.job_restart import begun_run, note_job
 from refinement.pipeline import finish, train
@@ -322,18 +320,10 @@ def _plan(recipe: Recipe) -> str:
         "images": recipe.files.images,
         "reference": recipe.files.reference,
         "teacher's samples": recipe.files.teacher_samples,
-        "extractor": _extractor_file(recipe),
+        "extractor": None if recipe.evaluation.reference is None else recipe.files.extractor,
     }
     lines = [f"# {name}: {file.status}" for name, file in files.items() if file is not None]
     return "\n".join([config.to_yaml(recipe), "# would be loaded:", *lines])
-
-
-def _extractor_file(recipe: Recipe) -> File | None:
-    """Return the weights file of the extractor, if it has one and anything is compared."""
-    weights = features.weights_of(recipe.evaluation.extractor)
-    if recipe.evaluation.reference is None or not weights:
-        return None
-    return teachers.resolve(str(weights))
 
 
 def _write_schema() -> None:

@@ -84,7 +84,10 @@ def _existing(path: Path) -> Path:
 
 
 def _check(path: Path, expected: str, *, source: str | Path, rejected: Path | None) -> None:
-    found = sha256_of(path)
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     if found == expected:
         return
     fix = "Give the file that belongs to this checksum, or correct the checksum."

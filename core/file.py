@@ -39,21 +39,23 @@ class File:
 
         Raises UserError if it is missing, cannot be downloaded, or has another SHA-256.
         """
-        path = local_file(self.location, sha256=self.expected_sha256)
-        run = RunFolder(path)
-        if not run.recipe.is_file():
-            return path
+        run = RunFolder(Path(self.location).expanduser())
+        if self.is_url or not run.recipe.is_file():
+            return local_file(self.location, sha256=self.expected_sha256)
         if not run.student.is_file():
             raise UserError(
-                f"{path} has no {run.student.name} yet: finish it with `python refine.py --resume "
-                f"{path}`, or measure where it stands with --report"
+                f"{run.path} has no {run.student.name} yet: finish it with `python refine.py "
+                f"--resume {run.path}`, or measure where it stands with --report"
             )
-        return run.student
+        return local_file(run.student, sha256=self.expected_sha256)
 
     @cached_property
     def sha256(self) -> str | None:
         """SHA-256 in hexadecimal; None for a folder."""
-        return None if self.path.is_dir() else sha256_of(self.path)
+        path = self.path
+        if self.expected_sha256 is not None:
+            return self.expected_sha256.lower()  # checked with the path
+        return None if path.is_dir() else sha256_of(path)
 
     @property
     def status(self) -> str:

@@ -86,6 +86,12 @@ def weights_of(name: str) -> str | None:
     return file or _published.SOURCES[kind].url
 
 
+def with_weights(name: str, weights: str) -> str:
+    """Return the name of the same extractor with its weights at another path."""
+    kind = name.partition(":")[0]
+    return f"{kind}:{weights}" if kind in _published.SOURCES else weights
+
+
 class Config(Section):
     """Shape of a classifier."""
 

@@ -17,7 +17,6 @@ import safetensors.torch
 from torch import Tensor
 
 from core.disk import atomic_write
-from core.downloads import sha256_of
 from core.errors import UserError
 from pretrained import nvidia_pickle
 from pretrained.nvidia_pickle import NetworkRecord
@@ -34,7 +33,6 @@ class SavedNetwork:
     """One network in our own format."""
 
     path: Path
-    sha256: str
     family: str
     """Its module in generators/ or teachers/, such as "stylegan2" or "edm"."""
     config: dict[str, object]
@@ -50,7 +48,6 @@ class PublishedPickle:
     """The networks of a StyleGAN or EDM pickle, as data."""
 
     path: Path
-    sha256: str
     records: dict[str, NetworkRecord]
     """By their names in the file: "G", "D", "G_ema"; "ema"."""
     beside: tuple[str, ...] = ()
@@ -91,7 +88,7 @@ def _read_pickle(path: Path) -> PublishedPickle:
     records = content.networks
     present = (name for name, value in content.top.items() if value is not None)
     beside = tuple(name for name in present if name not in records)
-    return PublishedPickle(path, sha256_of(path), records, beside)
+    return PublishedPickle(path, records, beside)
 
 
 def save(
@@ -175,7 +172,7 @@ def _read_saved(path: Path) -> SavedNetwork:
             f"{path} says that its format is {_FORMAT}, but its metadata names no family and "
             "config. Save it again."
         ) from error
-    return SavedNetwork(path, sha256_of(path), family, config, tensors, provenance)
+    return SavedNetwork(path, family, config, tensors, provenance)
 
 
 def _problem(start: bytes, size: int) -> str:

@@ -30,7 +30,6 @@ class Source:
     """Origin of a network: file, record and family, and the other contents of the file."""
 
     path: Path
-    sha256: str
     family: str
     """Its module in generators/ or teachers/, such as "stylegan2" or "edm"."""
     record: str | None = None
@@ -73,7 +72,7 @@ def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Loa
         if file.family not in plugins.names(folder):
             raise _unknown(folder, f"{file.family} weights", file.path)
         network = _rebuild(folder, file.family, file.config, file.tensors, path=file.path)
-        return LoadedNetwork(network, Source(file.path, file.sha256, file.family))
+        return LoadedNetwork(network, Source(file.path, file.family))
 
     # a published pickle
     name = next((name for name in records if name in file.records), records[0])
@@ -81,7 +80,7 @@ def open_file(folder: str, source: str | Path, *, records: Sequence[str]) -> Loa
     family, shape = _match_family(folder, record, file)
     network = _rebuild(folder, family, shape, record.tensors, path=file.path)
     beside = (*(other for other in file.records if other != name), *file.beside)
-    return LoadedNetwork(network, Source(file.path, file.sha256, family, name, beside))
+    return LoadedNetwork(network, Source(file.path, family, name, beside))
 
 
 def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | None = None) -> None:

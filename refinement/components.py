@@ -22,7 +22,7 @@ from core.file import File
 from core.roles import Denoiser, Generator, Objective
 from core.run_folder import RunFolder
 from custom_ops import backend
-from eval import edm_sampler, evaluator, reference, samples
+from eval import edm_sampler, evaluator, features, reference, samples
 from eval.evaluator import Evaluator, size
 from eval.metrics.registry import Planned
 from eval.reference import Reference
@@ -73,6 +73,7 @@ def load_components(recipe: Recipe, world: World) -> Components:
     """
     # rank 0 downloads what is not here yet
     with distributed.main_first(world):
+        check_files(recipe)
         teacher, student = load_networks(recipe)
         fitted = build_adapter(recipe, student, teacher)
         objective = build_objective(recipe, student)
@@ -96,6 +97,27 @@ def load_components(recipe: Recipe, world: World) -> Components:
     )
 
 
+def check_files(recipe: Recipe) -> None:
+    """Raise UserError for a short name or a local file that does not exist; nothing is loaded."""
+    files = recipe.files
+
+    # names of the published teachers, for whatever holds a teacher's network
+    for file in (files.teacher, files.student if recipe.mode == "teach" else None):
+        if file is not None:
+            teachers.check_name(file.shown)
+
+    # local files in the order of their use
+    for file in (
+        files.teacher,
+        files.student,
+        files.images,
+        files.reference,
+        files.teacher_samples,
+    ):
+        if file is not None and not file.is_url:
+            _ = file.path
+
+
 def load_networks(recipe: Recipe) -> tuple[nn.Module, Generator | Denoiser]:
     """Return teacher and student; a one-step student without a network of its own copies it."""
     section, seed, files = recipe.student, recipe.training.seed, recipe.files
@@ -116,12 +138,11 @@ def load_network(
     if file is None:
         torch.manual_seed(seed)
         return plugins.load(folder, cast(str, section.family)).build(family_config(folder, section))
-    if folder == "teachers":
-        teachers.check_name(file.shown)
     if file.licence is not None:
         _log.info("%s: %s", file, file.licence)
     load = {"generators": generators.load, "teachers": teachers.load}[folder]
     network = load(file.path)
+    _ = file.sha256  # of the bytes that were loaded, for a report that may be days away
     family = networks.family_of(network)
     if section.family not in (None, family):
         raise UserError(f"{file} holds {family} weights, the recipe says {section.family}")
@@ -179,7 +200,13 @@ def load_evaluator(recipe: Recipe, student: Generator | Denoiser, world: World) 
     for file in (recipe.files.reference, recipe.files.teacher_samples):
         if file is not None:
             _ = file.path  # a wrong path is said before an extractor is fetched
-    return evaluator.load(recipe.evaluation, image_shape=student.image_shape, world=world)
+
+    # an extractor's file may be one of the project's
+    config, file = recipe.evaluation, recipe.files.extractor
+    if file is not None and file.location != file.shown:
+        extractor = features.with_weights(config.extractor, file.location)
+        config = config.model_copy(update={"extractor": extractor})
+    return evaluator.load(config, image_shape=student.image_shape, world=world)
 
 
 def add_reference(loaded: Evaluator, recipe: Recipe, student: Generator | Denoiser) -> Evaluator:

@@ -17,7 +17,7 @@ from core.config import ConfigError, Section
 from core.errors import UserError
 from core.file import File
 from custom_ops import backend
-from eval import edm_sampler, evaluator
+from eval import edm_sampler, evaluator, features
 from eval.metrics.registry import metrics, parse
 from training import trainer
 from training.divergence import WatchedMetric
@@ -91,6 +91,8 @@ class RecipeFiles:
     """Of an objective that learns from real images."""
     reference: File | None
     teacher_samples: File | None
+    extractor: File | None
+    """None if its weights are embedded."""
 
 
 class Recipe(Section):
@@ -182,6 +184,7 @@ class Recipe(Section):
             images=_file(images),
             reference=_file(reference),
             teacher_samples=_file(samples),
+            extractor=_file(features.weights_of(evaluation.extractor)),
         )
 
     @property

@@ -13,6 +13,8 @@ import generators
 from cli_runs import call, contents, tiny_recipe
 from generators import stylegan2
 from pretrained import networks
+from refinement import components
+from repository import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +191,37 @@ def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
     whole(tmp_path / "net.pkl")
     sentence = refused(tmp_path, f"teacher={{weights: '{tmp_path / 'net.pkl'}'}}")
     assert f"{tmp_path / 'net.pkl'} holds stylegan2 weights" in sentence and "edm" in sentence
+
+
+ABSENT = {
+    "teacher": "teacher={weights: nowhere.pkl}",
+    "student": "student={weights: nowhere.pkl}",
+    "reference": "evaluation.reference=nowhere.pkl",
+    "teacher's samples": "evaluation.teacher=nowhere.pkl",
+}
+
+
+@pytest.mark.parametrize("setting", ABSENT.values(), ids=ABSENT.keys())
+def test_a_missing_file_is_refused_before_any_network_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """Nobody waits for gigabytes to load to learn of a wrong path."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr(components, "load_network", load)
+    assert "There is no nowhere.pkl. " in refused(tmp_path, setting)
+
+
+def test_missing_images_are_refused_before_any_network_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of --teach are named like every other file."""
+    monkeypatch.setattr(components, "load_network", lambda *_, **__: pytest.fail("loaded"))
+    recipe = ROOT / "configs" / "teach" / "small32.yaml"
+    sentence = error_of(tmp_path, "--teach", recipe, "objective.images=nowhere.zip")
+    assert "There is no nowhere.zip. " in sentence
 
 
 def test_weights_of_another_checksum_are_refused(tmp_path: Path) -> None:

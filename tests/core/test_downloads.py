@@ -113,6 +113,12 @@ def test_a_path_of_another_checksum_is_refused_and_stays(tmp_path):
     assert path.exists()
 
 
+def test_a_folder_has_no_checksum(tmp_path):
+    """A checksum of a folder is refused in a sentence."""
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        local_file(tmp_path, sha256=SHA256)
+
+
 def test_a_url_is_downloaded_once(site):
     """The second call finds the whole file and asks the server nothing."""
     path = local_file(site.url(), sha256=SHA256)
