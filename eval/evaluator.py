@@ -113,6 +113,12 @@ class Evaluator:
 
         real: statistics that will be compared with, if not the evaluator's own.
         """
+        for request in self.requests:
+            for name in request.metrics:
+                if metrics()[name].needs == "student" and request.name not in WALKS:
+                    raise UserError(
+                        f"{name} needs the student itself: only path lengths are computed from it"
+                    )
         for walk in _walks(self.requests):
             if student is not None:
                 path_length.check(student, WALKS[walk])

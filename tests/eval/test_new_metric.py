@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,22 @@ def test_a_new_file_is_parsed_computed_and_displayed() -> None:
             can_classify=False,
             config=registry.Config(),
         )
+
+
+@pytest.mark.usefixtures("new_metric")
+def test_a_new_metric_of_the_student_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only path lengths are: any other would have no value, and nothing would say so."""
+    metric = registry.metrics()["mean_distance"]
+    monkeypatch.setitem(registry.metrics(), metric.name, replace(metric, needs="student"))
+    evaluator = Evaluator(
+        config=Config(metrics=("mean_distance",), images=6),
+        requests=registry.parse(["mean_distance"]),
+        extractor=features.load("pixels"),
+        distance=None,
+        world=World.single(),
+    )
+    with pytest.raises(UserError, match="mean_distance needs the student itself"):
+        evaluator.check(student=None)
 
 
 def test_no_metric_is_named_outside_of_its_file() -> None:

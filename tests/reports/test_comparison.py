@@ -115,7 +115,7 @@ def test_only_settings_that_differ_are_shown() -> None:
         ),
         ({"reference": ReferenceName("other.zip", "f" * 64, 9)}, "different references"),
         ({"images": 5000}, "different numbers of images, which alone changes a FID: 10,000 in"),
-        ({"recipe": {"evaluation": {"definitions": {"neighbours": 5}}}}, "different definitions"),
+        ({"recipe": {"evaluation": {"definitions": {"neighbors": 5}}}}, "different definitions"),
         ({"student": File("other.pkl", "f" * 64)}, "began from different students"),
         ({"after": {"fid": MetricResult.of([1.0])}}, "One set of images in 00001"),
         ({"before": {}, "after": {}}, "Nothing was measured in 00001"),
