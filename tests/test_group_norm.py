@@ -344,6 +344,18 @@ def test_wrong_shapes_are_refused(settings, expected):
         group_norm(torch.zeros(2, 4, 3, 3), **settings)
 
 
+def test_a_block_is_traced_whole_as_plain_pytorch(emulated):
+    """torch.compile meets neither a kernel nor a break where kernels would run otherwise."""
+    torch.manual_seed(0)
+    init = Init("kaiming_normal", bias_scale=1.0)
+    style = BlockStyle(6, 0.0, (1, 1), init, init, init, 1, 0.7, 1e-6, True, True)
+    block = Block(8, 8, style=style)
+    features, embedding = torch.randn(2, 8, 6, 6), torch.randn(2, 6)
+    traced = torch.compile(block, backend="eager", fullgraph=True)(features, embedding)
+    with backend.using("reference"):
+        assert torch.equal(traced, block(features, embedding))
+
+
 @pytest.mark.parametrize("is_adaptive", [False, True])
 @pytest.mark.parametrize("resample", [None, "up", "down"])
 @pytest.mark.parametrize("layout", LAYOUTS)
