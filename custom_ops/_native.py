@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from contextlib import nullcontext
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -293,7 +293,7 @@ def group_norm(kernels: Library, x: Tensor, terms: GroupNormTerms, op: GroupNorm
 
 class _GroupNorm(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, *arguments: object) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *arguments: object) -> Tensor:
         *given, ctx.kernels, ctx.op = arguments
         ctx.layout = _layout(x)
         x = x.contiguous(memory_format=ctx.layout)
@@ -312,7 +312,7 @@ class _GroupNorm(Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, coefficients, *terms = ctx.saved_tensors
         arguments = (*terms, ctx.kernels, ctx.op, ctx.layout)
         gradient_x, table = _GroupNormBackward.apply(gradient, x, coefficients, *arguments)
@@ -323,7 +323,7 @@ class _GroupNorm(Function):
 class _GroupNormBackward(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, gradient: Tensor, x: Tensor, coefficients: Tensor, *arguments: object
+        ctx: Any, gradient: Tensor, x: Tensor, coefficients: Tensor, *arguments: object
     ) -> tuple[Tensor, Tensor]:
         *given, kernels, op, layout = arguments
         terms = GroupNormTerms(*given)
@@ -338,7 +338,7 @@ class _GroupNormBackward(Function):
         return gradient_x, table
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> None:
+    def backward(ctx: Any, *gradients: Tensor) -> None:
         raise _differentiated_twice("group_norm")
 
 
