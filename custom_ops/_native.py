@@ -293,7 +293,7 @@ def group_norm(kernels: Library, x: Tensor, terms: GroupNormTerms, op: GroupNorm
 
 class _GroupNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *arguments: object) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
         *given, ctx.kernels, ctx.op = arguments
         ctx.layout = _layout(x)
         x = x.contiguous(memory_format=ctx.layout)
@@ -323,7 +323,7 @@ class _GroupNorm(Function):
 class _GroupNormBackward(Function):
     @staticmethod
     def forward(
-        ctx: Any, gradient: Tensor, x: Tensor, coefficients: Tensor, *arguments: object
+        ctx: Any, gradient: Tensor, x: Tensor, coefficients: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor]:
         *given, kernels, op, layout = arguments
         terms = GroupNormTerms(*given)
