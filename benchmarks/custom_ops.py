@@ -6,13 +6,17 @@
 Shapes are those of StyleGAN2 and StyleGAN3 layers. "stuffed" is the definition taken literally:
 zeros between the pixels, a convolution over all of them, most results dropped. Each line is the
 median of alternating runs, so that a busy machine slows all columns alike.
+
+On a GPU there is a second table, of group normalization in the shapes of EDM's and ADM's U-Nets
+(on a CPU it has no kernel). Passes are replayed from CUDA graphs, so that no launch is waited for;
+GB/s counts the tensors that the kernels read and write: 3 forward, 5 more backward.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +28,7 @@ from torch import Tensor
 from custom_ops import backend
 from custom_ops.bias_act import bias_act
 from custom_ops.filtered_lrelu import filtered_lrelu
+from custom_ops.group_norm import group_norm
 from custom_ops.upfirdn2d import fir_filter, upfirdn2d
 
 Operation = Callable[[Tensor], Tensor]
@@ -58,6 +63,11 @@ def main(device: str, runs: int, threads: int) -> None:
             name = "NHWC" if layout == torch.channels_last else "NCHW"
             shape = "x".join(map(str, case.shape))
             click.echo(f"| {case.name} | {shape} | {name} | {native * 1e3:.2f} | {ratios} |")
+    if torch.device(device).type == "cuda":
+        click.echo("\n| group_norm | type | layout | pass | native us | GB/s | native : PyTorch |")
+        click.echo("|---|---|---|---|---:|---:|---|")
+        for line in _norm_lines(device, runs=runs):
+            click.echo(line)
 
 
 def _cases(device: str) -> list[Case]:
@@ -99,6 +109,83 @@ def _cases(device: str) -> list[Case]:
         activation((16, 512, 32, 32)),
         activation((16, 512, 4, 4)),
     ]
+
+
+NORM_SHAPES = [
+    (128, 128, 32, 32),
+    (128, 256, 32, 32),
+    (128, 512, 32, 32),
+    (128, 256, 16, 16),
+    (128, 512, 16, 16),
+    (128, 256, 8, 8),
+    (64, 192, 64, 64),
+    (64, 384, 32, 32),
+    (64, 768, 8, 8),
+]
+"""Of CIFAR-10's DDPM++ and ImageNet-64's ADM; all normalize in 32 groups."""
+
+
+def _norm_lines(device: str, *, runs: int) -> Iterator[str]:
+    """Yield a row for each shape, type, layout and pass, as it is measured."""
+    for shape in NORM_SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for layout in (torch.channels_last, torch.contiguous_format):
+                images = torch.randn(shape, device=device, dtype=dtype)
+                images = images.contiguous(memory_format=layout)
+                name = "NHWC" if layout == torch.channels_last else "NCHW"
+                start = f"{'x'.join(map(str, shape))} | {str(dtype)[6:]} | {name}"
+                for label, tensors, is_backward in (("forward", 3, False), ("both", 8, True)):
+                    native, reference = _norm_medians(images, is_backward=is_backward, runs=runs)
+                    rate = tensors * images.nbytes / native / 1e9
+                    times = f"{native * 1e6:.1f} | {rate:.0f} | 1 : {reference / native:.1f}"
+                    yield f"| {start} | {label} | {times} |"
+
+
+def _norm_medians(images: Tensor, *, is_backward: bool, runs: int) -> tuple[float, float]:
+    """Return seconds of a block's second normalization with SiLU: native, plain PyTorch."""
+    count, channels = images.shape[:2]
+    x, probe = images.clone().requires_grad_(is_backward), torch.randn_like(images)
+    weight, bias = (
+        torch.randn(channels, device=x.device).requires_grad_(is_backward) for _ in range(2)
+    )
+    pre_bias = torch.randn(count, channels, device=x.device).requires_grad_(is_backward)
+
+    def normalize() -> object:
+        y = group_norm(x, 32, weight, bias, pre_bias=pre_bias, silu=True)
+        return torch.autograd.grad(y, (x, weight, bias, pre_bias), probe) if is_backward else y
+
+    graphs = []
+    for policy in ("native", "reference"):
+        with backend.using(policy):
+            graphs.append(_captured(normalize))
+    times = [[_replay_seconds(graph) for graph in graphs] for _ in range(runs + 1)]
+    native, reference = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    return native, reference
+
+
+def _captured(operation: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Return the kernels of an operation, to be replayed; it has run before, to choose them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            operation()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        operation()
+    return graph
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph, *, repeats: int = 10) -> float:
+    """Return the seconds of one replay, as the GPU's own clock counts them."""
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    started.record()
+    for _ in range(repeats):
+        graph.replay()
+    ended.record()
+    torch.cuda.synchronize()
+    return started.elapsed_time(ended) / 1e3 / repeats
 
 
 def _medians(case: Case, x: Tensor, *, runs: int) -> list[float]:

@@ -230,12 +230,16 @@ def declared(found: Library) -> Library:
         "bias_act": [pointer] * 4 + [integer] * 4 + [number] * 3 + [integer],
         "upfirdn2d": [pointer] * 5 + [integer],
         "filtered_lrelu": [pointer] * 4 + [integer] + [pointer] * 3 + [number] * 3 + [integer],
+        "group_norm": [pointer] * 6 + [number] + [integer] * 2,
+        "group_norm_backward": [pointer] * 9 + [integer] * 2,
     }
     for operation, types in arguments.items():
         for suffix in ("f32", "f64", "f16", "bf16"):
-            with suppress(AttributeError):  # half precision is for GPUs
+            with suppress(AttributeError):  # half precision and group_norm are for GPUs
                 function = getattr(found, f"{operation}_{suffix}")
                 function.argtypes, function.restype = types, ctypes.c_char_p
     found.slopes_size.argtypes, found.slopes_size.restype = [pointer] * 2, integer
+    with suppress(AttributeError):
+        found.group_norm_slices.argtypes, found.group_norm_slices.restype = [pointer], integer
     found.takes_activation.argtypes, found.takes_activation.restype = [integer], integer
     return found

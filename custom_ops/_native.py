@@ -50,6 +50,24 @@ class _Filter(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "y", "plane")]
 
 
+class _Grouped(ctypes.Structure):
+    """Grouped of csrc/group_norm.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("count", "channels", "pixels", "groups", "channels_last")
+    ]
+
+
+class _Affine(ctypes.Structure):
+    """Affine of csrc/group_norm.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scale", "shift", "pre_bias")),
+        *((name, ctypes.c_int64) for name in ("scale_step", "shift_step", "pre_bias_step")),
+    ]
+
+
 def upfirdn2d(kernels: Library, x: Tensor, op: Resample) -> Tensor:
     """Return x [N, C, H, W] resampled, in the memory layout of x, differentiable to any order."""
     return _Upfirdn2d.apply(x, kernels, op)
@@ -232,6 +250,150 @@ def _run_bias_act(
     numbers = (_ACTIVATIONS.index(op.act), op.alpha, op.gain, op.clamp)
     _call(kernels, "bias_act", x, *tensors, *sizes, *numbers)
     return y
+
+
+class GroupNorm(NamedTuple):
+    """Everything about a group_norm except its tensors."""
+
+    groups: int
+    eps: float
+    silu: bool
+
+
+class GroupNormTerms(NamedTuple):
+    """Factors and terms of a group_norm, None for those that it does without."""
+
+    weight: Tensor | None
+    """[C], like bias."""
+    bias: Tensor | None
+    scale: Tensor | None
+    """[N, C], like shift."""
+    shift: Tensor | None
+    pre_bias: Tensor | None
+    """[C] or [N, C]."""
+
+
+_MOST_CHANNELS = 4096
+"""Channels and groups together: as many as have sums in the shared memory of a block."""
+
+
+def takes_group_norm(kernels: Library, x: Tensor, op: GroupNorm) -> bool:
+    """Return whether there is a kernel for a group_norm: on GPUs, for any usual network."""
+    is_there = hasattr(kernels, f"group_norm_{_SUFFIXES[x.dtype]}")
+    return is_there and x.shape[1] + op.groups <= _MOST_CHANNELS
+
+
+def group_norm(kernels: Library, x: Tensor, terms: GroupNormTerms, op: GroupNorm) -> Tensor:
+    """Return `group_norm` of x [N, C, *] and its terms, in the memory layout of x."""
+    return _GroupNorm.apply(x, *terms, kernels, op)
+
+
+class _GroupNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        *given, ctx.kernels, ctx.op = arguments
+        ctx.layout = _layout(x)
+        x = x.contiguous(memory_format=ctx.layout)
+        ctx.forms = [None if term is None else (term.shape, term.dtype) for term in given]
+        terms = GroupNormTerms(*(_numbers(term, x) for term in given))
+
+        # sums of slices, and linear functions of channels
+        shape = _grouped(x, ctx.op, ctx.layout)
+        partials = _partials(ctx.kernels, x, shape)
+        coefficients = _table(x, 5)
+        y = torch.empty_like(x)
+        tensors = (_pointer(x), _pointer(y), shape, _affine(terms))
+        numbers = (_pointer(partials), _pointer(coefficients), ctx.op.eps, ctx.op.silu)
+        _call(ctx.kernels, "group_norm", x, *tensors, *numbers)
+        ctx.save_for_backward(x, coefficients, *terms)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, coefficients, *terms = ctx.saved_tensors
+        arguments = (*terms, ctx.kernels, ctx.op, ctx.layout)
+        gradient_x, table = _GroupNormBackward.apply(gradient, x, coefficients, *arguments)
+        gradients = _gradients_of_terms(table, ctx.forms, ctx.needs_input_grad[1:6])
+        return gradient_x, *gradients, None, None
+
+
+class _GroupNormBackward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gradient: Tensor, x: Tensor, coefficients: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        *given, kernels, op, layout = arguments
+        terms = GroupNormTerms(*given)
+        gradient = gradient.contiguous(memory_format=layout)
+        gradient_x, table, slopes = torch.empty_like(x), _table(x, 5), _table(x, 2)
+        shape = _grouped(x, op, layout)
+        partials = _partials(kernels, x, shape)
+        tensors = [_pointer(tensor) for tensor in (x, gradient, gradient_x)]
+        numbers = [_pointer(tensor) for tensor in (partials, coefficients, slopes, table)]
+        arguments = (*tensors, shape, _affine(terms), *numbers, op.silu)
+        _call(kernels, "group_norm_backward", x, *arguments)
+        return gradient_x, table
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise _differentiated_twice("group_norm")
+
+
+def _gradients_of_terms(
+    table: Tensor, forms: list[tuple[torch.Size, torch.dtype] | None], needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Return the gradients of a group_norm's terms, in the order of GroupNormTerms.
+
+    table: the gradients of scale, shift, pre_bias, weight and bias for each image [5, N, C].
+    """
+    scale, shift, pre_bias, *_ = table.unbind(0)
+    weight = bias = None
+    if needed[0] or needed[1]:
+        weight, bias = table[3:].sum(1).unbind(0)
+    if needed[4] and forms[4] is not None and len(forms[4][0]) == 1:
+        pre_bias = pre_bias.sum(0)
+    gradients = (weight, bias, scale, shift, pre_bias)
+    return [
+        gradient.to(form[1]) if is_needed and form is not None and gradient is not None else None
+        for gradient, form, is_needed in zip(gradients, forms, needed, strict=True)
+    ]
+
+
+def _number_type(x: Tensor) -> torch.dtype:
+    """Return the type that kernels compute with for samples of x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _numbers(term: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a term as a kernel reads it: neighbouring channels are neighbours in memory."""
+    if term is None:
+        return None
+    term = term.to(_number_type(x))
+    return term if term.stride(-1) == 1 else term.contiguous()
+
+
+def _table(x: Tensor, rows: int) -> Tensor:
+    """Return room for some numbers of each image and channel [rows, N, C]."""
+    return x.new_empty((rows, *x.shape[:2]), dtype=_number_type(x))
+
+
+def _grouped(x: Tensor, op: GroupNorm, layout: torch.memory_format) -> object:
+    sizes = (*x.shape[:2], prod(x.shape[2:]), op.groups, layout == torch.channels_last)
+    return ctypes.byref(_Grouped(*sizes))
+
+
+def _partials(kernels: Library, x: Tensor, shape: object) -> Tensor:
+    """Return room for two sums of each image, slice and channel [2, N, slices, C]."""
+    slices = kernels.group_norm_slices(shape)
+    return x.new_empty((2, x.shape[0], slices, x.shape[1]), dtype=_number_type(x))
+
+
+def _affine(terms: GroupNormTerms) -> object:
+    steps = [
+        0 if term is None or term.ndim == 1 else term.stride(0)
+        for term in (terms.scale, terms.shift, terms.pre_bias)
+    ]
+    return ctypes.byref(_Affine(*(_pointer(term) for term in terms), *steps))
 
 
 def _differentiated_twice(operation: str) -> UserError:

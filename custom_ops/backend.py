@@ -2,11 +2,11 @@
 reference`.
 
 Native kernels are compiled from csrc/ at first use (see _build.py). They cover float32 and float64
-on a CPU, these and float16 and bfloat16 on CUDA, and one differentiation of bias_act and
-filtered_lrelu (of upfirdn2d: any number). Under `auto` and `native`, calls beyond that (another
-device, a filter that is trained, a call that is being traced or exported) take the reference: plain
-PyTorch on any device, differentiable to any order. Lower precision without a kernel is computed in
-float32.
+on a CPU (not group_norm), these and float16 and bfloat16 on CUDA, and one differentiation of
+bias_act, filtered_lrelu and group_norm (of upfirdn2d: any number). Under `auto` and `native`, calls
+beyond that (another device, a filter that is trained, a call that is being traced or exported) take
+the reference: plain PyTorch on any device, differentiable to any order. Lower precision without a
+kernel is computed in float32 (by group_norm's reference in its own dtype, as PyTorch does).
 
 If they cannot be built, `auto` logs the reason once and takes the reference; `native` raises.
 """
@@ -88,7 +88,8 @@ def widened(x: Tensor, *others: Tensor | None) -> tuple[Tensor, _build.Library |
     return wide, kernels_for(wide, *others)
 
 
-def _policy() -> KernelPolicy:
+def current() -> KernelPolicy:
+    """Return the policy in force: chosen, or else of the environment, or else auto."""
     return _chosen or _checked(os.environ.get(VARIABLE) or "auto")
 
 
@@ -99,7 +100,7 @@ def _checked(policy: str) -> KernelPolicy:
 
 
 def _library(device: torch.device) -> _build.Library | None:
-    policy = _policy()
+    policy = current()
     if policy == "reference":
         return None
     try:

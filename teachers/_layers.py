@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_ops.conv2d import conv2d
+from custom_ops.group_norm import folds_bias
+from custom_ops.group_norm import group_norm as normalized
 
 Resample = Literal["up", "down"]
 InitLaw = Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"]
@@ -57,11 +59,28 @@ def linear(in_features: int, out_features: int, *, init: Init, bias: bool = True
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization in the precision of its input."""
+    """Group normalization, modulation and SiLU in the precision of the input."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        pre_bias: Tensor | None = None,
+        silu: bool = False,
+    ) -> Tensor:
+        return normalized(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            scale=scale,
+            shift=shift,
+            pre_bias=pre_bias,
+            silu=silu,
+        )
 
 
 def group_norm(channels: int, *, eps: float) -> GroupNorm:
@@ -72,7 +91,8 @@ def group_norm(channels: int, *, eps: float) -> GroupNorm:
 class Conv(nn.Module):
     """Resamples by two (or not) with a fixed filter, then convolves (or not: kernel 0).
 
-    In the precision of the images, whatever that of the weights.
+    In the precision of the images, whatever that of the weights. Called with biased=False, it
+    leaves adding its bias to the caller.
     """
 
     resample_filter: Tensor
@@ -102,21 +122,24 @@ class Conv(nn.Module):
             self.register_buffer("resample_filter", square[None, None])  # [1, 1, taps, taps]
         self.is_box = tuple(resample_filter) == (1, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, biased: bool = True) -> Tensor:
         if self.resample == "up" and self.is_box and self.weight is not None:
-            return self._convolved_finer(images)
+            return self._convolved_finer(images, biased=biased)
         if self.resample == "up":
             images = self._upsampled(images)
         elif self.resample == "down":
             images = self._downsampled(images, padding=(self.resample_filter.shape[-1] - 1) // 2)
-        return images if self.weight is None else self._convolved(images, padding=self.padding)
+        if self.weight is None:
+            return images
+        return self._convolved(images, padding=self.padding, biased=biased)
 
-    def _convolved(self, images: Tensor, *, padding: int) -> Tensor:
+    def _convolved(self, images: Tensor, *, padding: int, biased: bool = True) -> Tensor:
         assert self.weight is not None and self.bias is not None
-        weight, bias = self.weight.to(images.dtype), self.bias.to(images.dtype)
+        weight = self.weight.to(images.dtype)
+        bias = self.bias.to(images.dtype) if biased else None
         return conv2d(images, weight, bias, padding=padding)
 
-    def _convolved_finer(self, images: Tensor) -> Tensor:
+    def _convolved_finer(self, images: Tensor, *, biased: bool) -> Tensor:
         """Return the convolution of the nearest-neighbour upsampled images, without making those.
 
         Every input pixel stands for 2x2 equal ones, so it spreads the box sum of the kernel: 16
@@ -125,7 +148,8 @@ class Conv(nn.Module):
         assert self.weight is not None and self.bias is not None
         flipped = self.weight.flip(2, 3).transpose(0, 1)  # [in, out, k, k]
         spread = 4 * F.avg_pool2d(flipped, 2, stride=1, padding=1)  # [in, out, k + 1, k + 1]
-        weight, bias = spread.to(images.dtype), self.bias.to(images.dtype)
+        weight = spread.to(images.dtype)
+        bias = self.bias.to(images.dtype) if biased else None
         return F.conv_transpose2d(images, weight, bias, stride=2, padding=self.padding)
 
     def _upsampled(self, images: Tensor) -> Tensor:
@@ -146,10 +170,10 @@ class Conv(nn.Module):
 class ConvThenDown(Conv):
     """Convolves first, then halves: NCSN++'s input residual. The same keys as `Conv`."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, biased: bool = True) -> Tensor:
         # All padding comes before the convolution, as published: the filter sees no border.
         margin = (self.resample_filter.shape[-1] - 1) // 2
-        wide = self._convolved(images, padding=self.padding + margin)
+        wide = self._convolved(images, padding=self.padding + margin, biased=biased)
         return self._downsampled(wide, padding=0)
 
 
@@ -262,20 +286,25 @@ class Block(nn.Module):
 
     def forward(self, features: Tensor, embedding: Tensor) -> Tensor:
         shortcut = features if self.skip is None else self.skip(features)
-        hidden = self.conv0(F.silu(self.norm0(features)))
-        modulation = self.affine(embedding).to(features.dtype)  # the embedding stays in float32
-        hidden = F.silu(self._modulated(hidden, modulation[:, :, None, None]))
+        is_folded = folds_bias(features)  # conv0's bias is then added by norm1
+        hidden = self.conv0(self.norm0(features, silu=True), biased=not is_folded)
+        modulation = self.affine(embedding)  # [N, affine_channels] float32, as the embedding
+        hidden = self._modulated(hidden, modulation, bias=self.conv0.bias if is_folded else None)
         hidden = self.conv1(F.dropout(hidden, self.dropout, self.training))
         features = self._joined(hidden, shortcut)
         if self.num_heads:
             features = self._joined(self.proj(self._attended(features)), features)
         return features
 
-    def _modulated(self, hidden: Tensor, modulation: Tensor) -> Tensor:
-        if not self.adaptive_scale:
-            return self.norm1(hidden.add_(modulation))
-        scale, shift = modulation.chunk(2, dim=1)
-        return torch.addcmul(shift, self.norm1(hidden), scale + 1)
+    def _modulated(self, hidden: Tensor, modulation: Tensor, *, bias: Tensor | None) -> Tensor:
+        """Return hidden + bias normalized, modulated, activated. bias: [out_channels] or None."""
+        if self.adaptive_scale:
+            scale, shift = modulation.chunk(2, dim=1)
+            return self.norm1(hidden, scale=scale, shift=shift, pre_bias=bias, silu=True)
+        if bias is not None:
+            return self.norm1(hidden, pre_bias=modulation + bias, silu=True)
+        # In place, as in _joined.
+        return self.norm1(hidden.add_(modulation.to(hidden.dtype)[:, :, None, None]), silu=True)
 
     def _joined(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         # In place: the branch comes from a convolution, whose backward does not need its output.

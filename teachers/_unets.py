@@ -221,7 +221,7 @@ class DhariwalUNet(nn.Module):
             embedding = embedding + self.map_label(self.label_dropout(one_hot_labels))
         embedding = F.silu(embedding)
         features, _ = _decode(self.dec, _encode(self.enc, images, embedding), embedding)
-        return self.out_conv(F.silu(self.out_norm(features)))
+        return self.out_conv(self.out_norm(features, silu=True))
 
 
 class _Level(NamedTuple):
@@ -376,9 +376,9 @@ def _decode(
             case "aux_up":
                 output = layer(output)
             case "aux_norm":
-                normed = layer(features)
+                normed = layer(features, silu=True)
             case "aux_conv":
-                head = layer(F.silu(normed))
+                head = layer(normed)
                 output = head if output is None else head + output
             case kind if kind.startswith("block"):
                 features = layer(torch.cat((features, waiting.pop()), dim=1), embedding)

@@ -1,5 +1,6 @@
 // The custom operations on a CUDA GPU, for float, double, half and bfloat16, contiguous or
-// channels-last. The same C interface as cpu.cpp; the bodies are in tiles.h and bias_act.h.
+// channels-last. The C interface of cpu.cpp, and group_norm beyond it; the bodies are in tiles.h,
+// bias_act.h and group_norm.h.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -44,6 +45,7 @@ const char* message(cudaError_t error) {
 
 template <class T>
 struct LaunchTiles {
+  static constexpr int kBlockThreads = kThreads;
   cudaStream_t stream;
 
   template <class Op>
@@ -103,12 +105,35 @@ struct Kernels {
                                                  along, filters};
     return launch_filtered_lrelu(arguments, LaunchTiles<T>{stream_of(where)});
   }
+
+  static const char* group_norm(const S* x, S* y, const Grouped& shape, const Affine<T>& affine,
+                                T* partials, T* coefficients, double eps, int64_t silu,
+                                int64_t where) {
+    const NormCoefficients<T> numbers{coefficients, shape.count * shape.channels};
+    const GroupNormArguments<S, T> arguments{x, shape, affine, partials, numbers, silu != 0};
+    return launch_group_norm(arguments, y, T(eps), LaunchTiles<T>{stream_of(where)});
+  }
+
+  static const char* group_norm_backward(const S* x, const S* gradient, S* gradient_x,
+                                         const Grouped& shape, const Affine<T>& affine,
+                                         T* partials, T* coefficients, T* slopes, T* gradients,
+                                         int64_t silu, int64_t where) {
+    const NormCoefficients<T> numbers{coefficients, shape.count * shape.channels};
+    const GroupNormArguments<S, T> arguments{x, shape, affine, partials, numbers, silu != 0};
+    return launch_group_norm_backward(arguments, gradient, gradient_x, slopes, gradients,
+                                      LaunchTiles<T>{stream_of(where)});
+  }
 };
 
 }  // namespace custom_ops
 
 CUSTOM_OPS_EXPORT_ANSWERS
+CUSTOM_OPS_EXPORT_GROUP_NORM_SLICES
 CUSTOM_OPS_EXPORT(float, float, f32)
 CUSTOM_OPS_EXPORT(double, double, f64)
 CUSTOM_OPS_EXPORT(__half, float, f16)
 CUSTOM_OPS_EXPORT(__nv_bfloat16, float, bf16)
+CUSTOM_OPS_EXPORT_GROUP_NORM(float, float, f32)
+CUSTOM_OPS_EXPORT_GROUP_NORM(double, double, f64)
+CUSTOM_OPS_EXPORT_GROUP_NORM(__half, float, f16)
+CUSTOM_OPS_EXPORT_GROUP_NORM(__nv_bfloat16, float, bf16)

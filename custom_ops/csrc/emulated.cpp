@@ -20,6 +20,8 @@ void run_phases(const Op& op, int64_t block, std::vector<T>& shared) {
 
 template <class T>
 struct EmulateTiles {
+  static constexpr int kBlockThreads = kThreads;
+
   template <class Op>
   const char* operator()(const Op& op) const {
     std::vector<T> shared(static_cast<size_t>(op.shared_size()));
@@ -62,10 +64,35 @@ struct Kernels {
                                                  along, filters};
     return launch_filtered_lrelu(arguments, EmulateTiles<T>());
   }
+
+  static const char* group_norm(const S* x, S* y, const Grouped& shape, const Affine<T>& affine,
+                                T* partials, T* coefficients, double eps, int64_t silu,
+                                int64_t) {
+    const NormCoefficients<T> numbers{coefficients, shape.count * shape.channels};
+    const GroupNormArguments<S, T> arguments{x, shape, affine, partials, numbers, silu != 0};
+    return launch_group_norm(arguments, y, T(eps), EmulateTiles<T>());
+  }
+
+  static const char* group_norm_backward(const S* x, const S* gradient, S* gradient_x,
+                                         const Grouped& shape, const Affine<T>& affine,
+                                         T* partials, T* coefficients, T* slopes, T* gradients,
+                                         int64_t silu, int64_t) {
+    const NormCoefficients<T> numbers{coefficients, shape.count * shape.channels};
+    const GroupNormArguments<S, T> arguments{x, shape, affine, partials, numbers, silu != 0};
+    return launch_group_norm_backward(arguments, gradient, gradient_x, slopes, gradients,
+                                      EmulateTiles<T>());
+  }
 };
 
 }  // namespace custom_ops
 
 CUSTOM_OPS_EXPORT_ANSWERS
+CUSTOM_OPS_EXPORT_GROUP_NORM_SLICES
 CUSTOM_OPS_EXPORT(float, float, f32)
 CUSTOM_OPS_EXPORT(double, double, f64)
+CUSTOM_OPS_EXPORT_GROUP_NORM(float, float, f32)
+CUSTOM_OPS_EXPORT_GROUP_NORM(double, double, f64)
+CUSTOM_OPS_EXPORT_GROUP_NORM(custom_ops::BFloat16, float, bf16)
+#ifdef __FLT16_MAX__
+CUSTOM_OPS_EXPORT_GROUP_NORM(_Float16, float, f16)
+#endif

@@ -34,6 +34,27 @@ using custom_ops::Filter;
                                                      filters, gain, slope, clamp, where);         \
   }
 
+// Only where there are kernels of group_norm. slices: how many parts of an image have partial sums.
+#define CUSTOM_OPS_EXPORT_GROUP_NORM(S, T, suffix)                                                \
+  extern "C" const char* group_norm_##suffix(                                                     \
+      const S* x, S* y, const custom_ops::Grouped* shape, const custom_ops::Affine<T>* affine,    \
+      T* partials, T* coefficients, double eps, int64_t silu, int64_t where) {                    \
+    return custom_ops::Kernels<S, T>::group_norm(x, y, *shape, *affine, partials, coefficients,   \
+                                                 eps, silu, where);                               \
+  }                                                                                               \
+  extern "C" const char* group_norm_backward_##suffix(                                            \
+      const S* x, const S* gradient, S* gradient_x, const custom_ops::Grouped* shape,             \
+      const custom_ops::Affine<T>* affine, T* partials, T* coefficients, T* slopes, T* gradients, \
+      int64_t silu, int64_t where) {                                                              \
+    return custom_ops::Kernels<S, T>::group_norm_backward(x, gradient, gradient_x, *shape,        \
+                                                          *affine, partials, coefficients,        \
+                                                          slopes, gradients, silu, where);        \
+  }
+#define CUSTOM_OPS_EXPORT_GROUP_NORM_SLICES                                                       \
+  extern "C" int64_t group_norm_slices(const custom_ops::Grouped* shape) {                        \
+    return custom_ops::slices_of(*shape).count;                                                   \
+  }
+
 // Bytes that filtered_lrelu notes in its forward pass; whether bias_act takes an activation.
 #define CUSTOM_OPS_EXPORT_ANSWERS                                                                 \
   extern "C" int64_t slopes_size(const Batch* batch, const Axis* along) {                         \

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "bias_act.h"
+#include "group_norm.h"
 #include "tiles.h"
 
 namespace custom_ops {
@@ -150,6 +151,70 @@ const char* launch_bias_act(const S* x, const S* seen, const S* bias, S* y, int6
   if (samples < (int64_t{1} << 30))  // and no sum of an index and a stride overflows
     return is_packed ? with(int32_t{}, Wide{}) : with(int32_t{}, Single{});
   return is_packed ? with(int64_t{}, Wide{}) : with(int64_t{}, Single{});
+}
+
+template <class S, class T>
+struct GroupNormArguments {
+  const S* x;
+  Grouped shape;
+  Affine<T> affine;
+  T* partials;
+  NormCoefficients<T> coefficients;
+  bool silu;
+};
+
+inline bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// Call f with the grid of threads for images [count, channels, pixels], of packs of 16 bytes where
+// the shape and the addresses allow it.
+template <class S, class F>
+const char* with_norm_grid(const Grouped& shape, bool is_packed, int threads, const F& f) {
+  constexpr int size = 16 / sizeof(S);
+  const auto with = [&](auto grid) {
+    return grid.blocks() > kMostBlocks ? "too many samples for one launch" : f(grid);
+  };
+  is_packed = is_packed && (shape.channels_last ? shape.channels : shape.pixels) % size == 0;
+  if (shape.channels_last)
+    return is_packed ? with(NormGrid<size, true>(shape, threads))
+                     : with(NormGrid<1, true>(shape, threads));
+  return is_packed ? with(NormGrid<size, false>(shape, threads))
+                   : with(NormGrid<1, false>(shape, threads));
+}
+
+template <class S, class T, class Launch>
+const char* launch_group_norm(const GroupNormArguments<S, T>& a, S* y, T eps,
+                              const Launch& launch) {
+  const bool is_packed = is_aligned(a.x) && is_aligned(y);
+  return with_norm_grid<S>(a.shape, is_packed, Launch::kBlockThreads, [&](auto grid) {
+    using Grid = decltype(grid);
+    const char* message = launch(NormMoments<S, T, Grid>{a.x, a.partials, grid});
+    if (!message)
+      message = launch(NormForwardSums<T>{a.shape, grid.slices, a.affine, a.partials,
+                                          a.coefficients, eps, ImageGrid{a.shape.count}});
+    if (message) return message;
+    return launch(NormResults<S, T, Grid>{a.x, y, a.coefficients, a.silu, grid});
+  });
+}
+
+template <class S, class T, class Launch>
+const char* launch_group_norm_backward(const GroupNormArguments<S, T>& a, const S* gradient,
+                                       S* gradient_x, T* slopes, T* gradients,
+                                       const Launch& launch) {
+  const bool is_packed = is_aligned(a.x) && is_aligned(gradient) && is_aligned(gradient_x);
+  return with_norm_grid<S>(a.shape, is_packed, Launch::kBlockThreads, [&](auto grid) {
+    using Grid = decltype(grid);
+    const char* message = launch(NormGradientSums<S, T, Grid>{a.x, gradient, a.coefficients,
+                                                              a.partials, a.silu, grid});
+    if (!message)
+      message = launch(NormBackwardSums<T>{a.shape, grid.slices, a.affine, a.partials,
+                                           a.coefficients, slopes, gradients,
+                                           ImageGrid{a.shape.count}});
+    if (message) return message;
+    return launch(NormGradient<S, T, Grid>{a.x, gradient, gradient_x, a.coefficients, slopes,
+                                           a.silu, grid});
+  });
 }
 
 }  // namespace custom_ops

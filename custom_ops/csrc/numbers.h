@@ -1,6 +1,9 @@
 // How samples are stored, and the numbers that are computed with.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 #include "geometry.h"
 
 #ifdef __CUDACC__
@@ -34,6 +37,36 @@ template <>
 BOTH_SIDES __nv_bfloat16 from_number<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
+#else  // for the emulation of kernels
+
+// The upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_number(BFloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+template <>
+inline BFloat16 from_number<BFloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounding = 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
+  return {static_cast<uint16_t>(x != x ? 0x7fc0 : (bits + rounding) >> 16)};
+}
+
+#ifdef __FLT16_MAX__  // a compiler that has half precision
+inline float to_number(_Float16 x) { return static_cast<float>(x); }
+
+template <>
+inline _Float16 from_number<_Float16>(float x) {
+  return static_cast<_Float16>(x);
+}
+#endif
 #endif
 
 }  // namespace custom_ops
