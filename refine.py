@@ -85,7 +85,7 @@ Each run has a folder of its own: the resolved recipe, its log, checkpoints, sam
 refined weights (student.safetensors) and the report. The shipped recipes in configs/ explain
 every setting.
 
-Ctrl-C, SIGTERM and SIGUSR1 end a run after the round that it is in, saved, with exit code 75:
+Ctrl-C, SIGTERM and SIGUSR1 end a run after its current iteration, saved, with exit code 75:
 go on with --resume. A second Ctrl-C ends it at once. Other errors end with code 2.
 """
 

@@ -64,7 +64,7 @@ class File:
             cached = cache_path(self.location)
             state = "kept at" if cached.exists() else "to be downloaded to"
             return f"{self.location}, {state} {cached}"
-        path = Path(self.location)
+        path = Path(self.location).expanduser()
         if not path.exists():
             return f"{path} (MISSING)"
         return f"{path} ({path.stat().st_size:,} bytes)"

@@ -61,7 +61,7 @@ _SEEDS = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class PreparedEvaluation:
     """A prepared evaluation."""
 
     subject: Subject
@@ -145,7 +145,7 @@ def prepare(
     world: World,
     first_seed: int = 0,
     leaving_out: bool = False,
-) -> Evaluation:
+) -> PreparedEvaluation:
     """Return the evaluation of `config.metrics`, its reference and extractor loaded.
 
     leaving_out: metrics that cannot be computed are left out with the reason, if any metric is
@@ -176,7 +176,9 @@ def prepare(
         loaded = replace(loaded, config=config, requests=parse(config.metrics))
     else:
         loaded.check(student=subject.student)
-    return Evaluation(subject=subject, evaluator=loaded, first_seed=first_seed, left_out=left_out)
+    return PreparedEvaluation(
+        subject=subject, evaluator=loaded, first_seed=first_seed, left_out=left_out
+    )
 
 
 def _load(
@@ -201,7 +203,7 @@ def _load(
     return loaded, left_out
 
 
-def scorecard(evaluation: Evaluation) -> Scorecard:
+def scorecard(evaluation: PreparedEvaluation) -> Scorecard:
     """Compute the metrics, the work shared by all ranks, and return them on each of them."""
     subject, loaded, first = evaluation.subject, evaluation.evaluator, evaluation.first_seed
     config = loaded.config

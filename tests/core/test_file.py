@@ -158,3 +158,13 @@ def test_a_run_resolves_and_hashes_each_file_once(
     assert [resolved.count(name) for name in names] == [1, 1, 1]
     weights = [file.path for file in (recipe.files.student, recipe.files.teacher) if file]
     assert [hashed.count(path) for path in weights] == [1, 1]
+
+
+def test_the_status_of_a_path_below_home_is_that_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--dry-run calls no file missing that the run would find."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.pkl").write_bytes(b"12345")
+    file = File("~/mine.pkl", "~/mine.pkl")
+    assert file.status == f"{tmp_path / 'mine.pkl'} (5 bytes)" and file.path.is_file()
