@@ -175,15 +175,15 @@ def _parse(text: str, *, source: str) -> object:
 def _recipes_near(path: Path) -> str:
     """Return "; did you mean …" or a list of the recipes in the nearest folder that exists."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    found = [
+    recipes = [
         file for pattern in ("*.yaml", "*.yml", "*/*.yaml") for file in sorted(folder.glob(pattern))
     ]
-    by_stem = {file.stem: file for file in found}
+    by_stem = {file.stem: file for file in recipes}
     near = difflib.get_close_matches(path.stem, list(by_stem), n=1)
     if near:
         return f"; did you mean {path.parent / by_stem[near[0]].name}?"
-    names = ", ".join(str(file.relative_to(folder)) for file in found[:12])
-    return f"; in {folder} there are: {names}" if found else f"; there is none in {folder}"
+    names = ", ".join(str(file.relative_to(folder)) for file in recipes[:12])
+    return f"; in {folder} there are: {names}" if recipes else f"; there is none in {folder}"
 
 
 def _copied(value: object) -> object:

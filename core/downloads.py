@@ -85,16 +85,16 @@ def _existing(path: Path) -> Path:
 
 def _check(path: Path, expected: str, *, source: str | Path, rejected: Path | None) -> None:
     try:
-        found = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    if found == expected:
+    if actual == expected:
         return
     fix = "Give the file that belongs to this checksum, or correct the checksum."
     if rejected is not None:
         path.replace(rejected)
         fix = f"It was set aside as {rejected}; a next call downloads it again. " + fix
-    raise UserError(f"{source} has SHA-256 {found}, expected {expected}. {fix}")
+    raise UserError(f"{source} has SHA-256 {actual}, expected {expected}. {fix}")
 
 
 def _downloaded(url: str) -> Path:

@@ -22,11 +22,9 @@ PLUGIN = ("Config", "build")
 
 def names(folder: str, *, defines: Sequence[str] = PLUGIN) -> list[str]:
     """Return the names of a folder's plug-ins, sorted: public modules with these definitions."""
-    found = importlib.util.find_spec(folder)
-    assert found is not None and found.submodule_search_locations, folder
-    files = [
-        file for place in found.submodule_search_locations for file in Path(place).glob("*.py")
-    ]
+    spec = importlib.util.find_spec(folder)
+    assert spec is not None and spec.submodule_search_locations, folder
+    files = [file for place in spec.submodule_search_locations for file in Path(place).glob("*.py")]
     return sorted({file.stem for file in files if file.name[0] != "_" and _defines(file, defines)})
 
 

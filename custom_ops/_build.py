@@ -45,10 +45,10 @@ class Unavailable(Exception):
 
 def library(device: torch.device) -> Library:
     """Return the kernels for a device. Raises Unavailable, with the same reason each time."""
-    found = _library(_gpu_architecture(device) if device.type != "cpu" else None)
-    if isinstance(found, str):
-        raise Unavailable(found)
-    return found
+    loaded = _library(_gpu_architecture(device) if device.type != "cpu" else None)
+    if isinstance(loaded, str):
+        raise Unavailable(loaded)
+    return loaded
 
 
 @cache
@@ -219,11 +219,11 @@ def _first_complaint(error: Exception) -> str:
     """Return the line of a compiler's output that names the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     complaint = re.compile(r"\berror\b.*:|not found|cannot find|no such file", re.I)
-    found = [line for line in lines if complaint.search(line) and "Error building" not in line]
-    return (found or lines[-1:] or [type(error).__name__])[0][:300]
+    complaints = [line for line in lines if complaint.search(line) and "Error building" not in line]
+    return (complaints or lines[-1:] or [type(error).__name__])[0][:300]
 
 
-def declared(found: Library) -> Library:
+def declared(library: Library) -> Library:
     """Return the library with the types of its functions, which return a message or null."""
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
     arguments = {
@@ -236,10 +236,10 @@ def declared(found: Library) -> Library:
     for operation, types in arguments.items():
         for suffix in ("f32", "f64", "f16", "bf16"):
             with suppress(AttributeError):  # half precision and group_norm are for GPUs
-                function = getattr(found, f"{operation}_{suffix}")
+                function = getattr(library, f"{operation}_{suffix}")
                 function.argtypes, function.restype = types, ctypes.c_char_p
-    found.slopes_size.argtypes, found.slopes_size.restype = [pointer] * 2, integer
+    library.slopes_size.argtypes, library.slopes_size.restype = [pointer] * 2, integer
     with suppress(AttributeError):
-        found.group_norm_slices.argtypes, found.group_norm_slices.restype = [pointer], integer
-    found.takes_activation.argtypes, found.takes_activation.restype = [integer], integer
-    return found
+        library.group_norm_slices.argtypes, library.group_norm_slices.restype = [pointer], integer
+    library.takes_activation.argtypes, library.takes_activation.restype = [integer], integer
+    return library

@@ -430,8 +430,8 @@ def _axes(*ops: Resample) -> ctypes.Array[_Axis]:
 
 
 def _filters(*taps: Taps) -> ctypes.Array[_Filter]:
-    found = [_Filter(*(_pointer(line) for line in one)) for one in taps]
-    return (_Filter * len(found))(*found)
+    filters = [_Filter(*(_pointer(line) for line in one)) for one in taps]
+    return (_Filter * len(filters))(*filters)
 
 
 def _call(kernels: Library, operation: str, x: Tensor, *arguments: object) -> None:

@@ -57,8 +57,8 @@ def upfirdn2d(
     along_x, along_y = resampling(x.shape, f, up=up, down=down, padding=padding)
     op = Resample(f, along_x, along_y, flip_filter, gain)
     wide, kernels = widened(x, f)
-    made = reference(wide, op) if kernels is None else _native.upfirdn2d(kernels, wide, op)
-    return made.to(x.dtype)
+    result = reference(wide, op) if kernels is None else _native.upfirdn2d(kernels, wide, op)
+    return result.to(x.dtype)
 
 
 def reference(x: Tensor, op: Resample) -> Tensor:

@@ -305,7 +305,7 @@ def reference(
         set_up_logging(world)
         with distributed.main_first(world):
             network = features.load(extractor, world.device)
-        made = references.reference_statistics(
+        statistics = references.reference_statistics(
             source,
             network,
             keep=registry.Config(kept_images=kept_images) if keep_features else None,
@@ -314,15 +314,15 @@ def reference(
             show=progress.for_rank(world),
         )
         if world.is_main:
-            references.save_npz(out, made)
+            references.save_npz(out, statistics)
 
     # print what was written
     if not world.is_main:
         return
-    kept = "none" if made.features is None else f"{len(made.features):,}"
+    kept = "none" if statistics.features is None else f"{len(statistics.features):,}"
     click.echo(
-        f"wrote {out}: {len(made.mean):,} features of {image_count(made.images)} "
-        f"by {made.extractor}, those of {kept} images kept"
+        f"wrote {out}: {len(statistics.mean):,} features of {image_count(statistics.images)} "
+        f"by {statistics.extractor}, those of {kept} images kept"
     )
 
 

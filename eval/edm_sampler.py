@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config import Section
 from core.errors import UserError
@@ -74,7 +74,7 @@ def published_settings(denoiser: Denoiser) -> Settings:
     unpublished networks, including the mixture of Gaussians, the settings depend on the size.
     """
     config = getattr(denoiser, "config", None)
-    if family_of(cast(nn.Module, denoiser)) == "edm2":
+    if family_of(denoiser) == "edm2":
         return Settings(steps=32)
     if getattr(config, "model_type", "") == "DhariwalUNet" and denoiser.num_classes == 1000:
         churn = 80.0 if getattr(config, "preconditioning", "") == "iDDPM" else 40.0

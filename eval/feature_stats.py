@@ -287,11 +287,11 @@ def _all_moments(part: FeatureStatistics, world: World) -> list[FeatureStatistic
     dimensions = len(part.mean)
     count = part.mean.new_tensor([part.count])
     row = torch.cat([count, part.mean, part.scatter.flatten()])
-    found = []
+    parts = []
     for other in all_gather_rows(row[None].to(world.device), world).cpu():
         count, mean, scatter = other.split([1, dimensions, dimensions**2])
-        found.append(FeatureStatistics(int(count), mean, scatter.view(dimensions, dimensions)))
-    return found
+        parts.append(FeatureStatistics(int(count), mean, scatter.view(dimensions, dimensions)))
+    return parts
 
 
 def _all_classes(part: ClassStatistics, world: World) -> list[ClassStatistics]:

@@ -85,17 +85,19 @@ def nearness(generated: Tensor, real: Tensor, *, pairs: int = 8) -> Nearness:
     """Return the distances of generated images [N, D] to the nearest real ones [M, D], M >= 2."""
     if len(generated) == 0 or len(real) < 2 or generated.shape[1] != real.shape[1]:
         raise ValueError(f"expected [N, D] and [M, D]: {generated.shape} and {real.shape}")
-    found = _nearest(generated, real)
+    neighbors = _nearest(generated, real)
     among_real = _nearest(real, real, itself=False).distance
     threshold = among_real.quantile(_NEAR)
-    order = found.distance.argsort(stable=True)[:pairs].tolist()
+    order = neighbors.distance.argsort(stable=True)[:pairs].tolist()
     return Nearness(
         images=len(generated),
         real_images=len(real),
-        generated_distance=float(found.distance.median()),
+        generated_distance=float(neighbors.distance.median()),
         real_distance=float(among_real.median()),
-        suspicious=float((found.distance <= threshold).double().mean()),
-        nearest=tuple(Near(i, int(found.index[i]), float(found.distance[i])) for i in order),
+        suspicious=float((neighbors.distance <= threshold).double().mean()),
+        nearest=tuple(
+            Near(i, int(neighbors.index[i]), float(neighbors.distance[i])) for i in order
+        ),
     )
 
 

@@ -81,33 +81,33 @@ def table(card: Scorecard) -> str:
 
 def _facts(card: Scorecard) -> dict[str, str]:
     subject, reference = card.subject, card.reference
-    found = {"of": f"{subject.kind} {subject.source} (sha256 {short_sha256(subject.sha256)})"}
+    rows = {"of": f"{subject.kind} {subject.source} (sha256 {short_sha256(subject.sha256)})"}
     ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in card.seeds)
     numbers = "images" if subject.kind == "images" else "seeds"
-    found["images"] = f"{len(card.seeds)} x {card.images:,}, {numbers} {ranges}"
+    rows["images"] = f"{len(card.seeds)} x {card.images:,}, {numbers} {ranges}"
     if reference is not None:
         count = image_count(reference.images)
-        found["against"] = f"{count} of {reference.name} (sha256 {short_sha256(reference.sha256)})"
+        rows["against"] = f"{count} of {reference.name} (sha256 {short_sha256(reference.sha256)})"
     if card.extractor is not None:
-        found["features"] = f"{card.extractor.name} (sha256 {short_sha256(card.extractor.sha256)})"
+        rows["features"] = f"{card.extractor.name} (sha256 {short_sha256(card.extractor.sha256)})"
     if card.distance is not None:
-        found["distance"] = f"{card.distance.name} (sha256 {short_sha256(card.distance.sha256)})"
+        rows["distance"] = f"{card.distance.name} (sha256 {short_sha256(card.distance.sha256)})"
     if card.sampler is not None:
-        found["sampler"] = card.sampler
-    found["took"] = f"{card.seconds:.1f} s on {card.environment.hardware}"
-    return found
+        rows["sampler"] = card.sampler
+    rows["took"] = f"{card.seconds:.1f} s on {card.environment.hardware}"
+    return rows
 
 
 def _notes(card: Scorecard) -> list[str]:
-    found = [f"{name} was left out: {why}" for name, why in card.left_out.items()]
+    lines = [f"{name} was left out: {why}" for name, why in card.left_out.items()]
     if any(metrics()[m].grows_with_few_images for m in card.metrics) and (
         card.images < _FEW_IMAGES
     ):
-        found.append(
+        lines.append(
             f"a Fréchet distance of {card.images:,} images is too high: compare it only with "
             "values of as many"
         )
-    return found
+    return lines
 
 
 def _aligned(lines: Mapping[str, str]) -> list[str]:

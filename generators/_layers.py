@@ -29,8 +29,8 @@ _WITHOUT_EFFECT = frozenset(
 
 def published_arguments(arguments: object) -> dict[str, object]:
     """Return published keyword arguments without those that have no effect here."""
-    found = arguments if isinstance(arguments, MappingOf) else {}
-    return {str(name): value for name, value in found.items() if name not in _WITHOUT_EFFECT}
+    given = arguments if isinstance(arguments, MappingOf) else {}
+    return {str(name): value for name, value in given.items() if name not in _WITHOUT_EFFECT}
 
 
 class MappingConfig(Section):

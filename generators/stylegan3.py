@@ -137,7 +137,7 @@ def signals(config: Config) -> list[Signal]:
     """
     last_cutoff = config.img_resolution / 2
     last_stopband = last_cutoff * config.last_stopband_rel
-    found = []
+    signals = []
     for index in range(config.num_layers + 1):
         share = min(index / (config.num_layers - config.num_critical), 1.0)
         cutoff = config.first_cutoff * (last_cutoff / config.first_cutoff) ** share
@@ -148,8 +148,8 @@ def signals(config: Config) -> list[Signal]:
         channels = round(min(config.channel_base / 2 / cutoff, config.channel_max))
         if index == config.num_layers:
             channels = config.img_channels
-        found.append(Signal(channels, size, rate, cutoff, max(stopband, rate / 2) - cutoff))
-    return found
+        signals.append(Signal(channels, size, rate, cutoff, max(stopband, rate / 2) - cutoff))
+    return signals
 
 
 class StyleGAN3(Generator):

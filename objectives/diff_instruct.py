@@ -138,14 +138,14 @@ def score_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutpu
 
 def student_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
     """Return the surrogate of the Integral KL divergence, [N]; only its gradient has a meaning."""
-    made = make(networks, draws, dropout=config.dropout.student)
+    generated = make(networks, draws, dropout=config.dropout.student)
     sigma = config.sigma.draw(draws, "sigma")
-    noisy = add_noise(made.images.detach(), sigma, draws, "noise")
+    noisy = add_noise(generated.images.detach(), sigma, draws, "noise")
     pair = (networks.score, networks.teacher)
     score, teacher = (
-        _denoised(network, noisy, sigma, made.labels, draws, config=config) for network in pair
+        _denoised(network, noisy, sigma, generated.labels, draws, config=config) for network in pair
     )
-    return _surrogate(made.images, score, teacher, sigma, config=config)
+    return _surrogate(generated.images, score, teacher, sigma, config=config)
 
 
 def shared_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
@@ -154,15 +154,15 @@ def shared_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutp
     The score network learns from the first term alone and the student from the second alone, so
     the gradient of the sum is both. The student meets the score of before this step.
     """
-    made = make(networks, draws, dropout=config.dropout.student)
-    images = made.images.detach()
+    generated = make(networks, draws, dropout=config.dropout.student)
+    images = generated.images.detach()
     sigma = config.sigma.draw(draws, "sigma")
     noisy = add_noise(images, sigma, draws, "noise")
-    teacher = _denoised(networks.teacher, noisy, sigma, made.labels, draws, config=config)
+    teacher = _denoised(networks.teacher, noisy, sigma, generated.labels, draws, config=config)
     with dropping(networks.score, draws, wanted=config.dropout.score):
-        score = networks.score(noisy, sigma, made.labels)
+        score = networks.score(noisy, sigma, generated.labels)
     of_score = denoising_loss(score, images, sigma, sigma_data=config.sigma_data)
-    of_student = _surrogate(made.images, score.detach(), teacher, sigma, config=config)
+    of_student = _surrogate(generated.images, score.detach(), teacher, sigma, config=config)
     stats = {**of_score.stats, **of_student.stats}
     return LossOutput(of_score.per_image + of_student.per_image, stats)
 

@@ -79,21 +79,23 @@ def pair_seeds(run: Run) -> list[int]:
     return samples.pair_seeds(run.original, run.recipe.evaluation.pairs)
 
 
-def neighbors(run: Run, made: data.Report, images_of: samples.ImagesOf) -> samples.Neighbors | None:
+def neighbors(
+    run: Run, report: data.Report, images_of: samples.ImagesOf
+) -> samples.Neighbors | None:
     """Return pictures of the refined images nearest to real ones, if the images are available.
 
     images_of: of the student after.
     """
     source, evaluator = run.recipe.files.reference, run.components.evaluator
-    if made.nearness is None or evaluator is None or source is None:
+    if report.nearness is None or evaluator is None or source is None:
         return None
     path = source.path
     if not reference.is_image_set(path):
         return None
     images, config = reference.image_set(path), evaluator.config.definitions
     kept = kept_indices(len(images), config.kept_images, config.random_seed)
-    seeds = [pair.image for pair in made.nearness.nearest]
-    real = torch.stack([images[int(kept[pair.real])] for pair in made.nearness.nearest])
+    seeds = [pair.image for pair in report.nearness.nearest]
+    real = torch.stack([images[int(kept[pair.real])] for pair in report.nearness.nearest])
     return samples.Neighbors(tuple(seeds), images_of(seeds).cpu(), real)
 
 
@@ -117,8 +119,12 @@ def _teacher_file(recipe: Recipe) -> data.File:
 
 def _teacher_score(run: Run) -> data.SampleScore | None:
     """Return the metrics of the teacher's own samples, if they were computed."""
-    scores, made = teacher_scores(run), run.components.teacher_samples
-    return data.SampleScore(scores, made.images) if scores and made is not None else None
+    scores, samples_of_teacher = teacher_scores(run), run.components.teacher_samples
+    return (
+        data.SampleScore(scores, samples_of_teacher.images)
+        if scores and samples_of_teacher is not None
+        else None
+    )
 
 
 def _real_halves(components: Components) -> data.SampleScore | None:

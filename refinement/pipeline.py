@@ -85,11 +85,11 @@ def finish(run: Run) -> data.Report:
     evaluation.evaluate(run, "after", student)
     evaluation.compare(run, student)
     log_session(run)
-    made = build_report.report_of(run)
+    report = build_report.report_of(run)
     if run.world.is_main:
-        near = build_report.neighbors(run, made, run.components.images_of(student))
-        write.write(run.folder.report, made, _pairs(run, student), near)
-    return made
+        near = build_report.neighbors(run, report, run.components.images_of(student))
+        write.write(run.folder.report, report, _pairs(run, student), near)
+    return report
 
 
 def _pairs(run: Run, student: Generator | Denoiser) -> samples.Pairs:

@@ -30,16 +30,16 @@ def main(runs: tuple[Path, ...], out: Path | None) -> None:
     python -m reports runs/00000-first runs/00001-second --out comparison.html
     """
     paths = [compare.report_path(run) for run in runs]
-    found = [data.read(path) for path in paths]
-    if len(found) == 1:
+    reports = [data.read(path) for path in paths]
+    if len(reports) == 1:
         if out is not None:
             raise UserError(
                 f"one run has a page already, {paths[0].with_name('report.html')}: give several"
             )
-        click.echo(f"{found[0].name}\n{text.summary(found[0])}")
+        click.echo(f"{reports[0].name}\n{text.summary(reports[0])}")
         return
     target = out or Path("comparison.html")
-    compared = compare.compare(found, paths, beside=target)
+    compared = compare.compare(reports, paths, beside=target)
     write.write_comparison(target, compared)
     click.echo(f"{compare.summary(compared)}\n\nwrote {target}")
 

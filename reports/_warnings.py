@@ -14,23 +14,25 @@ _SMALL_FALL = 0.02
 
 def warnings(report: Report) -> list[str]:
     """Return the warnings of a report, one sentence each."""
-    found = list(report.notes)
+    sentences = list(report.notes)
     if report.extractor is None:
-        found.append("The recipe names no reference (evaluation.reference): nothing was measured.")
+        sentences.append(
+            "The recipe names no reference (evaluation.reference): nothing was measured."
+        )
     else:
-        found += _features_warning(report)
+        sentences += _features_warning(report)
     for name in report.metrics:
         title = metric_title(name, report.extractor)
-        found += _spread_warning(name, title, report.before[name], report.after[name])
-    found += _teacher_warnings(report) + _mode_loss_warning(report)
+        sentences += _spread_warning(name, title, report.before[name], report.after[name])
+    sentences += _teacher_warnings(report) + _mode_loss_warning(report)
     if report.metrics and report.images < _FEW_IMAGES:
-        found.append(
+        sentences.append(
             f"Each value is of {report.images:,} images: a Fréchet distance of so few is too high; "
             "compare it only with values of as many."
         )
     if report.environment.git_dirty:
-        found.append("The checkout had changes that are in no commit.")
-    return found
+        sentences.append("The checkout had changes that are in no commit.")
+    return sentences
 
 
 def _features_warning(report: Report) -> list[str]:
@@ -47,21 +49,21 @@ def _features_warning(report: Report) -> list[str]:
 
 
 def _teacher_warnings(report: Report) -> list[str]:
-    found = []
+    warnings = []
     name = next(iter(report.metrics), "")
     teacher = report.teacher_samples.metrics.get(name) if report.teacher_samples else None
     if teacher is not None and metrics()[name].is_better(report.before[name].mean, than=teacher):
-        found.append(
+        warnings.append(
             f"The teacher's own samples ({metrics()[name].label} {number(name, teacher)}) are "
             "worse than the student was before: there is little to learn from it."
         )
     if report.teacher_sees:
-        found.append(
+        warnings.append(
             f"The teacher saw the student's images shrunk to {report.teacher_sees}: it can improve "
             "what is still visible there, such as shapes and colours, and says nothing of finer "
             "detail."
         )
-    return found
+    return warnings
 
 
 def _mode_loss_warning(report: Report) -> list[str]:

@@ -193,10 +193,10 @@ def _flat(section: Mapping[str, object], above: str = "") -> Iterator[tuple[str,
             yield f"{above}{key}", text
 
 
-def _differing(found: Sequence[Mapping[str, str]], *, skip: set[str]) -> dict[str, tuple[str, ...]]:
+def _differing(rows: Sequence[Mapping[str, str]], *, skip: set[str]) -> dict[str, tuple[str, ...]]:
     """Return those keys whose values are not the same in all, in the order in which they come."""
-    keys = [key for key in dict.fromkeys(key for one in found for key in one) if key not in skip]
-    values = {key: tuple(one.get(key, _NOWHERE) for one in found) for key in keys}
+    keys = [key for key in dict.fromkeys(key for one in rows for key in one) if key not in skip]
+    values = {key: tuple(one.get(key, _NOWHERE) for one in rows) for key in keys}
     return {key: row for key, row in values.items() if len(set(row)) > 1}
 
 
@@ -231,8 +231,8 @@ def _compared_with(report: Report) -> str | None:
     reference = report.reference
     if reference is None or reference.sha256:
         return reference and reference.sha256
-    made = (report.recipe.get("teacher"), report.teacher.sha256, report.sampler)
-    return json.dumps([reference.name, reference.images, *made], sort_keys=True)
+    origin = (report.recipe.get("teacher"), report.teacher.sha256, report.sampler)
+    return json.dumps([reference.name, reference.images, *origin], sort_keys=True)
 
 
 def _doubts(runs: Sequence[Run]) -> Iterator[str]:

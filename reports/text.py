@@ -127,8 +127,8 @@ def shown_points(report: Report) -> list[CurvePoint]:
 
 def remarks(report: Report) -> dict[str, str]:
     """Return remarks on single images: title -> some words."""
-    found = {"What stayed": _kept(report), "Copies": _copies(report)}
-    return {title: text for title, text in found.items() if text}
+    rows = {"What stayed": _kept(report), "Copies": _copies(report)}
+    return {title: text for title, text in rows.items() if text}
 
 
 def _kept(report: Report) -> str:

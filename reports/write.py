@@ -26,7 +26,7 @@ def write(
     folder: str | Path,
     report: Report,
     pairs: Pairs | None = None,
-    neighbours: Neighbors | None = None,
+    neighbors: Neighbors | None = None,
 ) -> Path:
     """Write report.json, report.md, report.html and the pictures; return the path of report.html.
 
@@ -44,7 +44,7 @@ def write(
     names = ("report.png", "curve.png") if has_curve else ("report.png",)
     pictures = [name for name in names if (folder / name).exists()]
     _write(folder / "report.md", markdown(report, pictures=pictures).encode())
-    view = _views.report_view(report, pairs, neighbours)
+    view = _views.report_view(report, pairs, neighbors)
     _write(folder / "report.html", _page("report.html", view))
     return folder / "report.html"
 

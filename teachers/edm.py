@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from core.config import Section
 from core.errors import UserError
 from core.roles import Denoiser
 from pretrained.nvidia_pickle import NetworkRecord
@@ -52,16 +53,8 @@ _SAMPLED_SIGMA_MIN = 0.002
 _SAMPLED_SIGMA_MAX = 80.0
 
 
-class Config(BaseModel):
+class Config(Section):
     """An EDM denoiser in the words of the published constructors, with their defaults."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
 
     img_resolution: int = Field(gt=0)
     """Height and width in pixels."""

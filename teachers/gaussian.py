@@ -12,18 +12,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from core.config import Section
 from core.roles import Denoiser
 from pretrained.nvidia_pickle import NetworkRecord
 from teachers._inputs import check_inputs
 
 
-class Config(BaseModel):
+class Config(Section):
     """A mixture of Gaussians over images, its components equally likely."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Channels, height and width of an image."""

@@ -13,7 +13,7 @@ draws new ones for each batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -124,13 +124,13 @@ def perceptual_path_length(
         raise ValueError("the student must be in eval mode, so that its images are a function")
     check(student, walk)
     share = local_range(images, world)
-    found = [torch.zeros(0, dtype=torch.float64, device=world.device)]
+    lengths_squared = [torch.zeros(0, dtype=torch.float64, device=world.device)]
     for start in range(share.start, share.stop, batch_size):
         seeds = range(first_seed + start, first_seed + min(start + batch_size, share.stop))
         before, after = _steps(student, walk, seeds, epsilon=epsilon, device=world.device)
         moved = distance.function(_looked_at(before, walk), _looked_at(after, walk))
-        found.append(moved.to(torch.float64) / epsilon**2)
-    lengths = all_gather_rows(torch.cat(found), world).cpu()
+        lengths_squared.append(moved.to(torch.float64) / epsilon**2)
+    lengths = all_gather_rows(torch.cat(lengths_squared), world).cpu()
     if not lengths.isfinite().all():
         index = int((~lengths.isfinite()).nonzero()[0])
         raise UserError(f"the images of seed {first_seed + index} have no finite distance")
@@ -165,12 +165,12 @@ def _steps(
         mapping, synthesis = _halves(student)
         start, end = mapping(ends, labels).chunk(2)  # [N, num_ws, w_dim] each
         weight = places.to(device, torch.float32)[:, None, None]
-        made = synthesis(start.repeat(2, 1, 1).lerp(end.repeat(2, 1, 1), weight))
+        images = synthesis(start.repeat(2, 1, 1).lerp(end.repeat(2, 1, 1), weight))
     else:
         shape = [2] + [1] * (draws.start.ndim - 1)
         latents = great_circle(draws.start.repeat(shape), draws.end.repeat(shape), places)
-        made = student(latents.to(device, torch.float32), labels)
-    before, after = made.chunk(2)
+        images = student(latents.to(device, torch.float32), labels)
+    before, after = images.chunk(2)
     return before, after
 
 
@@ -189,7 +189,9 @@ class _Draws(NamedTuple):
 
 def _halves(student: Generator) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Return mapping and synthesis of a student that `check` has found to have them."""
-    return cast(nn.Module, student.mapping), cast(nn.Module, student.synthesis)
+    mapping, synthesis = student.mapping, student.synthesis
+    assert isinstance(mapping, nn.Module) and isinstance(synthesis, nn.Module)
+    return mapping, synthesis
 
 
 def _draws(student: Generator, walk: Walk, seeds: Sequence[int]) -> _Draws:
