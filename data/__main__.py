@@ -109,6 +109,13 @@ The same images and options give the same file, byte for byte. Images in it are 
     show_default=True,
     help="1 makes all images grey, 3 makes them RGB.",
 )
+@click.option(
+    "--bits",
+    type=click.IntRange(9, 16),
+    metavar="9..16",
+    help="Bits of the pictures that 16-bit grey files hold, such as 12 of a scanner: they are "
+    "scaled to 8.  [default: 16]",
+)
 @click.option("--images", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
 @click.option(
     "--split",
@@ -134,6 +141,7 @@ def prepare(
     crop: Literal["none", "center"],
     resampling: Literal["lanczos", "box", "bicubic"],
     channels: Literal["1", "3", "keep"],
+    bits: int | None,
     images: int | None,
     split: Literal["train", "test"] | None,
     flat_labels: bool,
@@ -154,7 +162,7 @@ def prepare(
     summary = preparation.prepare(
         opened,
         out,
-        Options(resolution, crop, resampling, channels),
+        Options(resolution, crop, resampling, channels, bits),
         images=images,
         skip_broken=skip_broken,
         overwrite=overwrite,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -15,7 +16,9 @@ from core.errors import UserError
 LABELS_FILE = "dataset.json"
 CLASS_NAMES = "class_names"
 """Key of dataset.json for the class names, ignored by other programs."""
-
+MOST_CLASSES = 1_000_000
+"""Limit on the number of classes: a label beyond it is a mistake."""
+_OTHERS_NAMED = 3
 
 UNREADABLE = (
     OSError,
@@ -65,12 +68,24 @@ class Zip:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._opened: tuple[int, zipfile.ZipFile] | None = None
+        self._entries: dict[str, str] = {}
+        for entry in self._archive().infolist():
+            self._add(entry)
 
     def names(self) -> list[str]:
-        return [entry.filename for entry in self._archive().infolist() if not entry.is_dir()]
+        return list(self._entries)
 
     def read(self, name: str) -> bytes:
-        return self._archive().read(name)
+        return self._archive().read(self._entries[name])
+
+    def _add(self, entry: zipfile.ZipInfo) -> None:
+        """Note a file. Raises UserError if the zip has its name already."""
+        name = _with_slashes(entry.filename)
+        if entry.is_dir() or name.endswith("/"):
+            return
+        if name in self._entries:
+            raise UserError(f"{self._path} has two files {name}: pack the images again")
+        self._entries[name] = entry.filename
 
     def _archive(self) -> zipfile.ZipFile:
         if self._opened is None or self._opened[0] != os.getpid():
@@ -78,7 +93,7 @@ class Zip:
         return self._opened[1]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_path": self._path, "_opened": None}
+        return {**self.__dict__, "_opened": None}
 
 
 def open_files(path: Path) -> Folder | Zip:
@@ -108,15 +123,26 @@ def image_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
     )
 
 
+def unread_files(all_names: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return a sentence on the files that are not among the read images, if there are any."""
+    known = {*names, LABELS_FILE}
+    others = sorted(name for name in all_names if name not in known and not is_hidden(name))
+    if not others:
+        return ()
+    shown = ", ".join(others[:_OTHERS_NAMED]) + (", …" if len(others) > _OTHERS_NAMED else "")
+    return (
+        f"not read, not ending like an image: {len(others)} of {len(all_names)} files: {shown}",
+    )
+
+
 def read_labels(files: Files, names: Sequence[str], path: Path) -> list[int] | None:
     """Return the label of each name, or None if dataset.json is absent or without labels.
 
-    Raises UserError if an image has no label, or a label is no whole number.
+    Raises UserError if an image has no label or two, or a label is no whole number.
     """
-    # parse
     try:
         pairs = _metadata(files)["labels"]
-        label_of = None if pairs is None else dict(pairs)
+        label_of = None if pairs is None else _label_of_name(pairs)
     except (*UNREADABLE, KeyError, TypeError) as error:
         raise UserError(
             f'{path}: {LABELS_FILE} must be {{"labels": [["name", 3], …]}} or '
@@ -124,16 +150,27 @@ def read_labels(files: Files, names: Sequence[str], path: Path) -> list[int] | N
         ) from error
     if label_of is None:
         return None
+    return [_label(label_of, name, path) for name in names]
 
-    # check
-    for name in names:
-        label = label_of.get(name)
-        if type(label) is not int or label < 0:
-            raise UserError(
-                f"{path}: {LABELS_FILE} gives {name} the label {label!r}; "
-                "expected a whole number from 0 up"
-            )
-    return [label_of[name] for name in names]
+
+def _label_of_name(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    """Return the label of each name. Raises ValueError if a name has two."""
+    label_of: dict[str, object] = {}
+    for name, label in pairs:
+        for form in (name, _normal_form(name)):
+            if label_of.setdefault(form, label) != label:
+                raise ValueError(f"{form} has two labels, {label_of[form]} and {label}")
+    return label_of
+
+
+def _label(label_of: Mapping[str, object], name: str, path: Path) -> int:
+    label = label_of.get(name, label_of.get(_normal_form(name)))
+    if type(label) is not int or not 0 <= label < MOST_CLASSES:
+        raise UserError(
+            f"{path}: {LABELS_FILE} gives {name} the label {label!r}; "
+            f"expected a whole number from 0 up, below {MOST_CLASSES:,}"
+        )
+    return label
 
 
 def read_class_names(files: Files, labels: Sequence[int], path: Path) -> list[str] | None:
@@ -183,3 +220,16 @@ def _below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
                 yield from _below(Path(entry.path), (*above, real))
             elif entry.is_file() or entry.is_symlink():  # a broken link is reported by name
                 yield entry.path
+
+
+def _normal_form(name: str) -> str:
+    """Return a name in one form, whichever system wrote it: macOS takes letters apart."""
+    return unicodedata.normalize("NFC", _with_slashes(name))
+
+
+def _with_slashes(name: str) -> str:
+    """Return the name of a file that was packed on Windows, or from ".", with / alone."""
+    name = name.replace("\\", "/")
+    while name.startswith("./"):
+        name = name[2:]
+    return name

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from core.errors import UserError
 from data._files import (
@@ -21,21 +20,17 @@ from data._files import (
     open_files,
     read_class_names,
     read_labels,
+    unread_files,
 )
-from data._source import Source, UnusablePicture
+from data._pictures import SUFFIXES, UnusablePicture, open_picture
+from data._source import Source
 
 Labeling = Literal["folders", "flat", "none"]
 """Source of a class: the first folder level with several names; the innermost folder; none."""
 
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
-_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".bmp", ".webp"),
-    *(".gif", ".tif", ".tiff", ".ppm", ".pgm"),
-)
 _SPLIT_FOLDERS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 _NUMBERED = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
 """Name in the layout of `prepare`, whose folders are not classes."""
-_OTHERS_NAMED = 3
 
 
 def read(path: Path, labeling: Labeling) -> Source:
@@ -46,9 +41,9 @@ def read(path: Path, labeling: Labeling) -> Source:
     # names
     files = open_files(path)
     all_names = files.names()
-    names = image_names(all_names, _SUFFIXES)
+    names = image_names(all_names, SUFFIXES)
     if not names:
-        raise UserError(f"{path} holds no image; expected files that end in {', '.join(_SUFFIXES)}")
+        raise UserError(f"{path} holds no image; expected files that end in {', '.join(SUFFIXES)}")
 
     # labels
     if labeling != "none":
@@ -60,24 +55,20 @@ def read(path: Path, labeling: Labeling) -> Source:
 
     return Source(
         names=names,
-        picture=lambda index: _open_picture(files, names[index]),
+        picture=lambda index: _picture(files, names[index]),
         labels=labels,
         class_names=class_names,
-        remarks=(*_unread_files(all_names, names), remark),
+        remarks=(*unread_files(all_names, names), remark),
     )
 
 
-def _open_picture(files: Files, name: str) -> Image.Image:
+def _picture(files: Files, name: str) -> Image.Image:
     try:
         content = files.read(name)
-        if not content:
-            raise UnusablePicture("the file is empty")
-        return Image.open(io.BytesIO(content), formats=_FORMATS)
-    except UnidentifiedImageError as error:
-        raise UnusablePicture("it is no image of a known format") from error
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnusablePicture(why) from error
+    return open_picture(content)
 
 
 # Labels -----------------------------------------------------------------------------------------
@@ -145,15 +136,3 @@ def _classes(names: Sequence[str], path: Path, labeling: Labeling) -> list[str] 
             "set, not like classes: give one of them as SOURCE, or --no-labels for all together"
         )
     return classes
-
-
-def _unread_files(all_names: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Return a remark on files without an image suffix, if there are any."""
-    read_names = {*names, LABELS_FILE}
-    others = sorted(n for n in all_names if n not in read_names and not is_hidden(n))
-    if not others:
-        return ()
-    shown = ", ".join(others[:_OTHERS_NAMED]) + (", …" if len(others) > _OTHERS_NAMED else "")
-    return (
-        f"not read, not ending like an image: {len(others)} of {len(all_names)} files: {shown}",
-    )

@@ -11,10 +11,6 @@ from PIL import Image
 Split = Literal["train", "test"]
 
 
-class UnusablePicture(Exception):
-    """A picture cannot be used; the text gives the reason."""
-
-
 @dataclass(frozen=True)
 class Source:
     """Pictures with their names and labels."""
@@ -22,7 +18,7 @@ class Source:
     names: Sequence[str]
     """Name of each picture, for messages."""
     picture: Callable[[int], Image.Image]
-    """Opens a picture by index; its pixels are decoded at first use. Raises Unusable."""
+    """Opens a picture by index; its pixels are decoded at first use. Raises UnusablePicture."""
     labels: Sequence[int] | None = None
     """Label of each picture, from 0 up."""
     class_names: Sequence[str] | None = None

@@ -1,30 +1,41 @@
 """Image set of a zip or folder in the layout of StyleGAN and EDM.
 
-    00000/img00000000.png …   PNG or JPEG; any names, any depth; read in sorted order
+    00000/img00000000.png …   images; any names, any depth; read in sorted order
     dataset.json              maybe: {"labels": [["00000/img00000000.png", 9], …]}
 
-All images of a set have one size and one number of channels (1 or 3). Nothing is resized, padded
-or converted in color.
+A picture is read as `python -m data prepare` reads it (`data._pictures`), and a change of it, such
+as a turn, is logged at the first picture that needs it. All images of a set have one size and one
+number of channels (1 or 3). Nothing is resized, padded or converted in color.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import logging
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from core.errors import UserError
-from data._files import UNREADABLE, image_names, open_files, read_labels
+from data import _cifar, _mnist
+from data._files import UNREADABLE, image_names, open_files, read_labels, unread_files
+from data._pictures import (
+    SUFFIXES,
+    ConvertedImage,
+    UnusablePicture,
+    convert,
+    open_picture,
+    too_dark,
+)
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
-_MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
+_log = logging.getLogger(__name__)
+_MODES = {1: "L", 3: "RGB"}
+_PEAKS_OF = 16
+"""Number of pictures that tell whether 16-bit pictures have fewer bits."""
 
 
 class Images(Dataset[Tensor]):
@@ -32,16 +43,27 @@ class Images(Dataset[Tensor]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if _cifar.is_at(self.path) or _mnist.is_at(self.path):
+            raise UserError(
+                f"{self.path} is a data set as published: make a zip of it first, with "
+                f"`python -m data prepare {self.path} OUT.zip`"
+            )
         self._files = open_files(self.path)
-        self.names = image_names(self._files.names(), _SUFFIXES)
+        all_names = self._files.names()
+        self.names = image_names(all_names, SUFFIXES)
         if not self.names:
-            raise UserError(f"{self.path} holds no PNG or JPEG image")
+            raise UserError(f"{self.path} holds no image; expected {', '.join(SUFFIXES)}")
+        self._said: set[str] = set()
+        for sentence in unread_files(all_names, self.names):
+            self._say(sentence)
+
         labels = read_labels(self._files, self.names, self.path)
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         """[N] int64, or None if dataset.json is absent or without labels."""
-        channels, height, width = self._decode(self.names[0]).shape
+        channels, height, width = _pixels(self._read_image(self.names[0])).shape
         self.image_shape = (channels, height, width)
         """(C, H, W) of every image."""
+        self._check_16_bits()
 
     @property
     def num_classes(self) -> int:
@@ -66,7 +88,7 @@ class Images(Dataset[Tensor]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Tensor:
-        image = self._decode(self.names[index])
+        image = _pixels(self._read_image(self.names[index]).fitting(_MODES[self.image_shape[0]]))
         if tuple(image.shape) != self.image_shape:
             raise UserError(
                 f"{self.path}: {self.names[index]} is {_size(image.shape)}, but {self.names[0]} is "
@@ -87,20 +109,41 @@ class Images(Dataset[Tensor]):
         except UNREADABLE as error:
             raise UserError(f"{self.path}: {name} cannot be read: {error}") from error
 
-    def _decode(self, name: str) -> Tensor:
-        """Return one image as uint8 [C, H, W]."""
+    def _read_image(self, name: str) -> ConvertedImage:
+        """Return one picture as an image; log what was changed for the first time."""
         try:
-            picture = Image.open(io.BytesIO(self._read(name)))
-            picture.load()
-        except UNREADABLE as error:
-            raise UserError(f"{self.path}: {name} is not a readable image: {error}") from error
-        if picture.mode not in _MODES or "transparency" in picture.info:
+            converted = convert(open_picture(self._read(name)))
+        except UnusablePicture as why:
+            raise UserError(f"{self.path}: {name} is not a readable image: {why}") from why
+        for change in converted.changes:
+            self._say(change, name)
+        return converted
+
+    def _check_16_bits(self) -> None:
+        """Raise UserError if a set of 16-bit pictures holds fewer bits, by some of them."""
+        step = max(1, len(self) // _PEAKS_OF)
+        peaks = []
+        for name in self.names[::step]:
+            peaks.append(self._read_image(name).peak_16_bits)
+            if too_dark(peaks) is None:  # not 16 bits, or bright enough
+                return
+        if reason := too_dark(peaks):
             raise UserError(
-                f"{self.path}: {name} has pixels of kind {picture.mode!r}, maybe transparent; "
-                "expected 8-bit grey or RGB: convert it first"
+                f"{self.path}: {reason}. Make a zip with `python -m data prepare {self.path} "
+                "OUT.zip --bits N`, N the bits that they have; 16 if they are so dark"
             )
-        pixels = np.array(picture.convert(_MODES[picture.mode]))
-        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+    def _say(self, sentence: str, example: str | None = None) -> None:
+        """Log a sentence once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            _log.info("%s: %s", self.path, f"{sentence}, first {example}" if example else sentence)
+
+
+def _pixels(converted: ConvertedImage) -> Tensor:
+    """Return an image as uint8 [C, H, W]."""
+    pixels = np.array(converted.image)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
 
 
 def _size(shape: tuple[int, ...]) -> str:

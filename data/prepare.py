@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import struct
 import zipfile
 import zlib
@@ -26,14 +25,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from core.disk import atomic_write
 from core.errors import UserError
 from data import _cifar, _folders, _mnist
-from data._files import CLASS_NAMES, LABELS_FILE, UNREADABLE
+from data._files import CLASS_NAMES, LABELS_FILE
 from data._folders import Labeling
-from data._source import Source, Split, UnusablePicture
+from data._pictures import ConvertedImage, UnusablePicture, convert, too_dark
+from data._source import Source, Split
 
 _Result = TypeVar("_Result")
 Size = tuple[int, int]
@@ -44,24 +44,7 @@ FILTERS = {
     "box": Image.Resampling.BOX,
     "bicubic": Image.Resampling.BICUBIC,
 }
-_OPAQUE = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
-"""Mode of an opaque picture -> mode of its image."""
-_ALPHA = {"RGBA": "RGB", "PA": "RGB", "LA": "L"}
-"""Mode with transparency -> without."""
 _CHANNELS = {"L": 1, "RGB": 3}
-_RAW_16_BITS = re.compile(r"(L|LA|RGB|RGBA|RGBX|CMYK);16[BLNS]*")
-_UPPER_BITS = "kept the upper 8 of 16 bits a channel"
-_ROTATED = "turned as EXIF says"
-_ON_WHITE = "laid on white where transparent"
-_UNDECODABLE = (
-    *UNREADABLE,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""Exceptions of Pillow for damaged files."""
 _BROKEN_NAMED = 20
 _WORKERS = min(os.cpu_count() or 1, 8)
 _WAITING_PER_WORKER = 4
@@ -79,6 +62,10 @@ class Options:
     """Resampling filter."""
     channels: Literal["1", "3", "keep"] = "keep"
     """1: convert to grey; 3: convert to RGB; keep: no conversion."""
+    bits: int | None = None
+    """Significant bits of 16-bit grey pictures, the lowest; None: 16, and sets too dark for that
+    are refused.
+    """
 
 
 class Summary(NamedTuple):
@@ -93,13 +80,6 @@ class Summary(NamedTuple):
     """Name of each unusable picture -> reason."""
     changes: dict[str, int]
     """Change besides cropping and resizing -> number of pictures."""
-
-
-class _ConvertedImage(NamedTuple):
-    image: Image.Image
-    """L or RGB."""
-    changes: list[str]
-    """Changes besides cropping and resizing."""
 
 
 def open_source(
@@ -156,14 +136,17 @@ class _Writer:
         self._written: list[int] = []
         self._broken: dict[str, str] = {}
         self._changes: Counter[str] = Counter()
+        self._peaks: set[int | None] = set()
         self._image = Image.new("L", (0, 0))
 
-    def add(self, index: int, result: _ConvertedImage | UnusablePicture) -> None:
+    def add(self, index: int, result: ConvertedImage | UnusablePicture) -> None:
         """Write one image, unless it or an earlier one is unusable."""
         if isinstance(result, UnusablePicture):
             self._broken[self._source.names[index]] = str(result)
             return
+        self._peaks.add(result.peak_16_bits)
         if self._written:
+            result = result.fitting(self._image.mode)
             self._check_same(index, result.image)
         else:
             self._image = result.image
@@ -173,9 +156,14 @@ class _Writer:
         self._written.append(index)
 
     def finish(self, count: int) -> Summary:
-        """Write the labels. Raises UserError if pictures were unusable."""
+        """Write the labels. Raises UserError if pictures were unusable, or hold fewer bits."""
         if self._broken and not (self._skip_broken and self._written):
             raise UserError(_broken_sentence(self._broken, count))
+        if reason := too_dark(self._peaks):
+            raise UserError(
+                f"{reason}: give --bits N, N the bits that they have, or --bits 16 if they are so "
+                "dark"
+            )
 
         # labels of the written images
         all_labels, class_names = self._source.labels, self._source.class_names
@@ -212,77 +200,33 @@ class _Writer:
 # One picture ------------------------------------------------------------------------------------
 
 
-def _try(source: Source, index: int, options: Options) -> _ConvertedImage | UnusablePicture:
+def _try(source: Source, index: int, options: Options) -> ConvertedImage | UnusablePicture:
     """Return one picture as an image of the set, or the reason against it.
 
     Raises UserError if the options do not fit a usable picture.
     """
     try:
-        picture, changes = _opaque(source.picture(index))
+        converted = convert(source.picture(index), bits=options.bits)
     except UnusablePicture as why:
         return why
-    except _UNDECODABLE as error:
-        return UnusablePicture(str(error) or type(error).__name__)
     if options.channels != "keep":
-        picture = picture.convert("L" if options.channels == "1" else "RGB")
-    image, more_changes = _fit(picture, source, index, options)
-    return _ConvertedImage(image, changes + more_changes)
+        mode = "L" if options.channels == "1" else "RGB"
+        converted = converted._replace(image=converted.image.convert(mode))
+    image, changes = _fit(converted.image, source, index, options)
+    return converted._replace(image=image, changes=(*converted.changes, *changes))
 
 
-def _opaque(picture: Image.Image) -> _ConvertedImage:
-    """Return a picture upright, 8-bit, L or RGB, without transparency. Raises Unusable."""
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":  # a JPEG with a second view behind it
-        raise UnusablePicture(f"it has {frames} frames: an animation, or several pages")
-    changes = [_UPPER_BITS] * _has_16_bits(picture)
-    is_rotated = picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    changes += [_ROTATED] * is_rotated
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in _ALPHA or "transparency" in picture.info:
-        picture, is_visible = _on_white(picture)
-        changes += [_ON_WHITE] * is_visible
-    if picture.mode in ("CMYK", "YCbCr"):
-        changes.append(f"converted from {picture.mode} to RGB, without a colour profile")
-    return _ConvertedImage(_eight_bits(picture, has_16_bits=_UPPER_BITS in changes), changes)
+class _Fitted(NamedTuple):
+    image: Image.Image
+    changes: tuple[str, ...] = ()
 
 
-def _has_16_bits(picture: Image.Image) -> bool:
-    """Return whether a picture that is not yet decoded has 16 bits a channel in its file."""
-    if picture.mode.startswith("I;16"):
-        return True
-    if picture.mode == "I":  # 32 bits but for these formats, which have 16 at most
-        return picture.format in ("PNG", "PPM")
-    arguments = [tile[3] for tile in getattr(picture, "tile", ())]
-    raw_modes = [a[0] if isinstance(a, tuple) and a else a for a in arguments]
-    return any(isinstance(raw, str) and _RAW_16_BITS.fullmatch(raw) for raw in raw_modes)
-
-
-def _eight_bits(picture: Image.Image, *, has_16_bits: bool) -> Image.Image:
-    """Return an opaque picture converted to L or RGB."""
-    if picture.mode.startswith("I") and has_16_bits:
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode not in _OPAQUE:
-        raise UnusablePicture(
-            f"its pixels are of kind {picture.mode!r}, expected 8-bit grey or colour"
-        )
-    return picture.convert(_OPAQUE[picture.mode])
-
-
-def _on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
-    """Return a picture composed on white, and whether any pixel was transparent."""
-    mode = _ALPHA.get(picture.mode) or _OPAQUE[picture.mode]
-    layer = picture.convert("RGBA")
-    lowest_alpha = int(np.asarray(layer.getchannel("A")).min())
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, layer).convert(mode), lowest_alpha < 255
-
-
-def _fit(picture: Image.Image, source: Source, index: int, options: Options) -> _ConvertedImage:
+def _fit(picture: Image.Image, source: Source, index: int, options: Options) -> _Fitted:
     """Return an image of the target resolution. Raises UserError if its aspect ratio differs."""
     # no change, or a border
     target = options.resolution
     if target is None or picture.size == target:
-        return _ConvertedImage(picture, [])
+        return _Fitted(picture)
     if source.padded_size == target:
         return _pad(picture, target)
 
@@ -296,17 +240,15 @@ def _fit(picture: Image.Image, source: Source, index: int, options: Options) -> 
     is_smaller = right - left < target[0] or bottom - top < target[1]
     part = picture.crop(box)  # resize(box=…) would mix in pixels around it
     image = part.resize(target, FILTERS[options.filter])
-    return _ConvertedImage(image, [f"enlarged to {_text(target)}"] * is_smaller)
+    return _Fitted(image, (f"enlarged to {_text(target)}",) * is_smaller)
 
 
-def _pad(picture: Image.Image, target: Size) -> _ConvertedImage:
+def _pad(picture: Image.Image, target: Size) -> _Fitted:
     """Return a picture with a black border."""
     image = Image.new(picture.mode, target)
     width, height = picture.size
     image.paste(picture, ((target[0] - width) // 2, (target[1] - height) // 2))
-    return _ConvertedImage(
-        image, [f"given a black border from {_text(picture.size)} to {_text(target)}"]
-    )
+    return _Fitted(image, (f"given a black border from {_text(picture.size)} to {_text(target)}",))
 
 
 def _largest_box(size: Size, shape: Size) -> tuple[int, int, int, int]:

@@ -114,13 +114,6 @@ def test_another_size_is_named(tmp_path: Path) -> None:
         images.load_all()
 
 
-def test_transparency_is_not_dropped_in_silence(tmp_path: Path) -> None:
-    """An image with an alpha channel is refused."""
-    files = {"a.png": _png(_pixels(1)[0], mode="RGBA")}
-    with pytest.raises(UserError, match="'RGBA'"):
-        Images(_zip(tmp_path / "set.zip", files))
-
-
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -144,5 +137,5 @@ def test_what_is_no_image_set_is_refused(tmp_path: Path) -> None:
         Images(tmp_path / "missing.zip")
     with pytest.raises(UserError, match="neither a folder nor a readable zip"):
         Images(tmp_path / "text.zip")
-    with pytest.raises(UserError, match="holds no PNG or JPEG image"):
+    with pytest.raises(UserError, match="holds no image"):
         Images(tmp_path / "empty")
