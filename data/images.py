@@ -70,6 +70,14 @@ class Images(Dataset[Tensor]):
         """Return the largest label + 1, or 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
+    @property
+    def description(self) -> str:
+        """Return number, size and classes, such as "60,000 images, 32x32 RGB, 10 classes"."""
+        channels, height, width = self.image_shape
+        kind = "grey" if channels == 1 else "RGB"
+        classes = f"{self.num_classes} classes" if self.num_classes else "no labels"
+        return f"{len(self):,} images, {width}x{height} {kind}, {classes}"
+
     @cached_property
     def sha256(self) -> str:
         """Return a hash of names, labels and file bytes in sorted order.

@@ -7,6 +7,7 @@ images which it makes later, at numbers of 0, are not.
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache, partial
 from typing import Literal, cast
 
@@ -23,6 +24,8 @@ from data.images import Images
 from objectives import _augment
 from objectives._dropout import dropping
 from objectives._noise import LogNormal, SigmaLaw, add_noise, denoising_loss
+
+_log = logging.getLogger(__name__)
 
 
 class Config(Section):
@@ -49,6 +52,8 @@ class RealImages:
         self.source = str(images.path)
         self.image_shape, self.num_classes = images.image_shape, images.num_classes
         self.pixels, self.labels = images.load_all(), images.labels
+        self.description = images.description
+        """Number, size and classes, for the log."""
 
     def drawn(self, draws: Draws) -> tuple[Tensor, Tensor | None]:
         """Return images [N, C, H, W] float32 in [-1, 1] and labels [N] or None."""
@@ -69,6 +74,7 @@ class Denoising:
     def check_fit(self, denoiser: nn.Module) -> None:
         """Raise UserError if a denoiser cannot learn from these images."""
         known, images = cast(Denoiser, denoiser), self.images
+        _log.info("%s: %s", images.source, images.description)
         classes = known.num_classes
         if tuple(known.image_shape) != images.image_shape:
             raise UserError(
@@ -79,6 +85,13 @@ class Denoising:
             )
 
         # labels
+        if images.num_classes and not classes:
+            _log.warning(
+                "%s: its labels, of %d classes, are ignored: the denoiser has none "
+                "(student.config.label_dim=0)",
+                images.source,
+                images.num_classes,
+            )
         if classes and images.labels is None:
             raise UserError(
                 f"{images.source} has no labels, the denoiser has {classes} classes: "

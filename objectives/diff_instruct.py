@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from core.config import Section
 from core.distributed import unwrap
 from core.randomness import Draws
-from core.roles import Generator, LossOutput, Networks, Phase
+from core.roles import Denoiser, Generator, LossOutput, Networks, Phase
 from objectives._dropout import dropping
 from objectives._noise import LogNormal, SigmaLaw, add_noise, column, denoising_loss, edm_weight
 
@@ -110,7 +110,7 @@ class Made(NamedTuple):
     images: Tensor
     """[N, C, H, W]"""
     labels: Tensor | None
-    """[N] int64, or None if it is unconditional."""
+    """[N] int64 for the teacher and the score network, or None if they are unconditional."""
 
 
 def make(networks: Networks, draws: Draws, *, dropout: bool = False) -> Made:
@@ -120,7 +120,8 @@ def make(networks: Networks, draws: Draws, *, dropout: bool = False) -> Made:
     labels = draws.integers("labels", student.num_classes) if student.num_classes else None
     with dropping(networks.student, draws.with_scope(f"{draws.scope}/make"), wanted=dropout):
         images = networks.student(latents, labels)
-    return Made(networks.adapter(images), labels)
+    is_conditional = cast(Denoiser, unwrap(networks.score)).num_classes > 0
+    return Made(networks.adapter(images), labels if is_conditional else None)
 
 
 def score_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import nn
@@ -29,7 +28,8 @@ from eval.reference import Reference
 from generators import one_step_edm
 from pretrained import networks
 from refinement import adapter
-from refinement.recipe import TEACHER, NetworkSection, Recipe, family_config
+from refinement.families import family_config
+from refinement.recipe import TEACHER, NetworkSection, Recipe
 
 _TEACHER_SEED = 2**31
 """First seed of the teacher's samples: no student of the same latents is evaluated on them."""
@@ -125,7 +125,8 @@ def load_networks(recipe: Recipe) -> tuple[nn.Module, Generator | Denoiser]:
         return nn.Module(), load_network(recipe.student_folder, section, files.student, seed=seed)
     teacher = load_network("teachers", recipe.teacher, files.teacher, seed=seed)
     if section.config is not None and section.family == "one_step_edm":
-        settings = cast(one_step_edm.Config, family_config("generators", section))
+        settings = family_config("generators", section.family, section.config)
+        assert isinstance(settings, one_step_edm.Config)
         if settings.network is None:
             return teacher, one_step_edm.from_teacher(teacher, settings)
     return teacher, load_network("generators", section, files.student, seed=seed)
@@ -136,8 +137,10 @@ def load_network(
 ) -> Generator | Denoiser:
     """Return the network of a weights file, or one with weights drawn from the seed."""
     if file is None:
+        assert section.family is not None and section.config is not None, "the recipe says so"
         torch.manual_seed(seed)
-        return plugins.load(folder, cast(str, section.family)).build(family_config(folder, section))
+        settings = family_config(folder, section.family, section.config)
+        return plugins.load(folder, section.family).build(settings)
     if file.licence is not None:
         _log.info("%s: %s", file, file.licence)
     load = {"generators": generators.load, "teachers": teachers.load}[folder]
@@ -157,10 +160,12 @@ def build_adapter(recipe: Recipe, student: Generator | Denoiser, teacher: nn.Mod
     if recipe.teacher is None:
         return nn.Identity()
     assert isinstance(teacher, Denoiser), type(teacher)
-    if student.num_classes != teacher.num_classes:
+    is_ignored = recipe.teacher.labels == "ignore" and teacher.num_classes == 0
+    if student.num_classes != teacher.num_classes and not is_ignored:
+        way_out = "" if teacher.num_classes else ", or set teacher.labels=ignore"
         raise UserError(
             f"the student has {student.num_classes} classes, the teacher {teacher.num_classes} "
-            "(0 = unconditional): choose a teacher of the same classes"
+            f"(0 = unconditional): choose a teacher of the same classes{way_out}"
         )
 
     # images of one shape need no map

@@ -9,16 +9,16 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 import teachers
 from core import config, plugins
 from core.config import ConfigError, Section
-from core.errors import UserError
 from core.file import File
 from custom_ops import backend
 from eval import edm_sampler, evaluator, features
 from eval.metrics.registry import metrics, parse
+from refinement.families import family_errors, from_images, typed
 from training import trainer
 from training.divergence import WatchedMetric
 
@@ -47,7 +47,10 @@ class NetworkSection(Section):
     sha256: str | None = None
     """Expected SHA-256 of the weights file; null: not checked."""
     config: dict[str, object] | None = None
-    """Without weights: settings of the family, to start from freshly drawn weights."""
+    """Without weights: settings of the family, to start from freshly drawn weights. A student that
+    learns from images takes img_resolution, img_channels and label_dim (classes) from them where
+    they are not given or null.
+    """
 
     def file(self) -> File | None:
         """Return the weights file; None for freshly drawn weights."""
@@ -72,6 +75,10 @@ class TeacherSection(NetworkSection):
     adapter: Literal["downsample"] | None = None
     """downsample: the student's images, larger than the teacher's or in other colours, are shrunk
     and recoloured for it; null: they must fit.
+    """
+    labels: Literal["ignore"] | None = None
+    """ignore: an unconditional teacher for a conditional student, which keeps its classes and is
+    pulled towards the images of all of them; null: both have the same classes.
     """
 
 
@@ -223,51 +230,36 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     plain = config.with_overrides({"name": path.stem, **config.read_yaml(path)}, overrides)
     source = f"{path}, with what the command line sets," if overrides else str(path)
     objective = plain.get("objective")
-    name = objective.get("name") if isinstance(objective, Mapping) else None
-    folders = {"student": student_folder(name), "teacher": "teachers"}
+    objective = objective if isinstance(objective, Mapping) else {}
+    folders = {"student": student_folder(objective.get("name")), "teacher": "teachers"}
+
+    # what the images tell
+    told = from_images(folders["student"], plain.get("student"), objective.get("images"))
+    if told:
+        plain = config.merged(plain, {"student": {"config": told}})
+
+    # all that is wrong, at once
     lines = [
         line
         for role, folder in folders.items()
-        for line in _family_errors(role, plain.get(role), folder)
+        for line in family_errors(role, folder, plain.get(role))
     ]
     try:
-        recipe = config.validate(Recipe, plain, source=source)
+        config.validate(Recipe, plain, source=source)
     except ConfigError as error:
         raise ConfigError(source, [*error.lines, *lines]) from None
     if lines:
         raise ConfigError(source, lines)
-    return recipe
 
-
-def family_config(folder: str, section: NetworkSection) -> BaseModel:
-    """Return the settings of a network without weights. Raises UserError naming all that is
-    wrong.
-    """
-    module = plugins.load(folder, section.family or "")
-    return config.validate(
-        module.Config, section.config or {}, source=f"{section.family} in {folder}/"
-    )
+    # the settings of families, as they are meant
+    settled = {
+        role: {"config": settings}
+        for role, folder in folders.items()
+        if (settings := typed(folder, plain.get(role))) is not None
+    }
+    return config.validate(Recipe, config.merged(plain, settled), source=source)
 
 
 def student_folder(objective: object) -> str:
     """Return the folder of the families that an objective trains."""
     return "teachers" if objective == "denoising" else "generators"
-
-
-def _family_errors(role: str, section: object, folder: str) -> list[str]:
-    """Return the errors of a section's family and its settings, a line each."""
-    try:
-        section = TeacherSection.model_validate(section)
-    except ValidationError:
-        return []  # the recipe's own validation says so
-    if section.family is None:
-        return []
-    try:
-        plugins.load(folder, section.family)
-        if section.config is not None:
-            family_config(folder, section)
-    except ConfigError as error:
-        return [f"{role}.config.{line}" for line in error.lines]
-    except UserError as error:
-        return [f"{role}.family: {error}"]
-    return []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import teachers
 from cli_runs import call, contents
+from core.config import to_yaml
 from core.errors import UserError
 from core.randomness import Draws
 from core.roles import Networks
@@ -21,6 +22,7 @@ from core.run_folder import RunFolder
 from objectives import _augment, denoising
 from objectives._dropout import dropping
 from objectives._noise import LogNormal, edm_weight
+from refinement.recipe import read_recipe
 from teachers import edm
 from tiny_networks import songunet_config
 
@@ -255,6 +257,36 @@ def test_a_run_makes_a_teacher_that_can_be_loaded(recipe: Path, tmp_path: Path) 
     assert folder.log.rows()[-1].images_seen == 64
     document = json.loads((folder.report / "report.json").read_text())
     assert document["teacher"]["path"].endswith("images.zip")
+
+
+@pytest.mark.parametrize("given", ["", "img_resolution: null, label_dim: null,"])
+def test_size_and_classes_come_from_the_images_where_the_recipe_is_silent(
+    recipe: Path, tmp_path: Path, given: str
+) -> None:
+    """They stand in the run's own recipe, as numbers, so that a resumed run has the same."""
+    text = recipe.read_text().replace("img_resolution: 8, img_channels: 1, label_dim: 3,", given)
+    recipe.write_text(text)
+    read = read_recipe(recipe)
+    assert read.student.config is not None
+    names = ("img_resolution", "img_channels", "label_dim")
+    assert tuple(read.student.config[name] for name in names) == (8, 1, 3)
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(read))
+    assert "label_dim: 3\n" in again.read_text() and read_recipe(again) == read
+
+    # an unconditional one is asked for by name
+    read = read_recipe(recipe, ["student.config.label_dim=0"])
+    assert read.student.config is not None and read.student.config["label_dim"] == 0
+
+
+def test_labels_that_are_not_learned_are_said(tmp_path: Path, caplog) -> None:
+    """A labelled set and an unconditional denoiser: a warning, before hours of training."""
+    images = write_images(tmp_path / "images.zip", labels=True)
+    objective = denoising.build(denoising.Config(images=str(images)))
+    with caplog.at_level("INFO"):
+        objective.check_fit(Recording())
+    assert "12 images, 8x8 grey, 3 classes" in caplog.text
+    assert "its labels, of 3 classes, are ignored" in caplog.text
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(recipe: Path, tmp_path: Path) -> None:
