@@ -36,6 +36,7 @@ from core.distributed import World
 from core.errors import UserError
 from core.precision import allow_tf32
 from core.run_folder import RunFolder
+from refinement import estimate
 from refinement.components import Components, load_components
 from refinement.job_restart import begun_run, note_job
 from refinement.pipeline import finish, train
@@ -154,7 +155,7 @@ def main(
     # its recipe, then the work
     recipe = _recipe_of(modes[0], arguments) if modes else _recipe_in(earlier[0])
     if dry_run:
-        click.echo(_plan(recipe))
+        _print_plan(recipe)
     elif resume is not None:
         resume_run(recipe, RunFolder.open_existing(resume))
     elif report is not None:
@@ -312,8 +313,8 @@ def _folder_of_job(recipe: Recipe, outdir: Path, world: World) -> RunFolder | No
     return folder
 
 
-def _plan(recipe: Recipe) -> str:
-    """Return the resolved recipe, and the state of each file that it needs."""
+def _print_plan(recipe: Recipe) -> None:
+    """Print the resolved recipe, the state of each file, and what a run would take."""
     files = {
         "student": recipe.files.student,
         "teacher": recipe.files.teacher,
@@ -323,7 +324,11 @@ def _plan(recipe: Recipe) -> str:
         "extractor": None if recipe.evaluation.reference is None else recipe.files.extractor,
     }
     lines = [f"# {name}: {file.status}" for name, file in files.items() if file is not None]
-    return "\n".join([config.to_yaml(recipe), "# would be loaded:", *lines])
+    click.echo("\n".join([config.to_yaml(recipe), "# would be loaded:", *lines]))
+    with _environment(recipe) as world:
+        for line in estimate.preview(recipe, world):
+            if world.is_main:
+                click.echo(f"# {line}")
 
 
 def _write_schema() -> None:

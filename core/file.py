@@ -58,6 +58,13 @@ class File:
         return None if path.is_dir() else sha256_of(path)
 
     @property
+    def is_here(self) -> bool:
+        """Whether the file can be read without a download; nothing is fetched."""
+        if self.is_url:
+            return cache_path(self.location).exists()
+        return Path(self.location).expanduser().exists()
+
+    @property
     def status(self) -> str:
         """Location with size, or with the reason why it is not here yet; nothing is fetched."""
         if self.is_url:

@@ -63,8 +63,12 @@ class Environment:
         """Return the environment of this process, one of so many on like devices."""
         commit = _git("rev-parse", "HEAD")
         status = _git("status", "--porcelain", "--untracked-files=no")
-        hardware = _hardware(device, processes)
-        return cls(_versions(), commit, None if status is None else bool(status), hardware)
+        return cls(
+            _versions(),
+            commit,
+            None if status is None else bool(status),
+            hardware(device, processes),
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -87,7 +91,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _hardware(device: torch.device | str, processes: int) -> str:
+def hardware(device: torch.device | str, processes: int) -> str:
     """Return the hardware of the processes, each on a GPU of its own or all on CPUs."""
     device = torch.device(device)
     cores = f"{os.cpu_count()} CPU cores ({_processor()})"

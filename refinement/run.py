@@ -49,16 +49,23 @@ class Run:
 def open_run(recipe: Recipe, components: Components, folder: RunFolder, world: World) -> Run:
     """Return the run at its newest checkpoint, or at its start."""
     original = copy.deepcopy(components.student).eval().requires_grad_(False)
+    state = first_state(recipe, components, world)
+    newest = checkpoint.restore_newest(state, folder, world)
+    if newest is not None:
+        _log.info("found %s: %d images seen", newest.name, state.images_seen)
+    return Run(recipe, components, folder, world, original, state, state.images_seen)
+
+
+def first_state(recipe: Recipe, components: Components, world: World) -> TrainState:
+    """Return the state before the first image."""
     trio = Networks(
         components.student,
         copy.deepcopy(components.teacher),
         components.teacher,
         components.adapter,
     )
-
-    # the state before the first image
     settings = recipe.training
-    state = training_state.start(
+    return training_state.start(
         trio,
         student_lr=settings.student_lr,
         score_lr=settings.score_lr,
@@ -66,12 +73,6 @@ def open_run(recipe: Recipe, components: Components, folder: RunFolder, world: W
         shard=settings.shard,
         world=world,
     )
-
-    # the newest checkpoint, if any
-    newest = checkpoint.restore_newest(state, folder, world)
-    if newest is not None:
-        _log.info("found %s: %d images seen", newest.name, state.images_seen)
-    return Run(recipe, components, folder, world, original, state, state.images_seen)
 
 
 @contextmanager

@@ -291,6 +291,11 @@ def _best(paths: Sequence[Path], keep: Retention) -> Path | None:
     return choose(values, key=values.__getitem__, default=None)
 
 
+def size_bytes(state: TrainState) -> int:
+    """Return the size of the tensors in a checkpoint of this state, in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(_content(state)))
+
+
 def _content(state: TrainState) -> Content:
     return {
         "images_seen": state.images_seen,
