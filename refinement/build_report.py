@@ -69,7 +69,7 @@ def report_of(run: Run) -> data.Report:
         nearness=logged_comparison(run.folder, Nearness, at),
         teacher_sees=_teacher_sees(components),
         pair_seeds=tuple(pair_seeds(run)),
-        notes=tuple(notes(every)),
+        notes=(*_setup_notes(components), *notes(every)),
         recipe=recipe.model_dump(mode="json"),
     )
 
@@ -154,6 +154,16 @@ def _teacher_sees(components: Components) -> str | None:
     return (
         size(components.adapter.image_shape) if isinstance(components.adapter, Downsample) else None
     )
+
+
+def _setup_notes(components: Components) -> Iterator[str]:
+    """Yield remarks on student and teacher that a reader of the report needs."""
+    teacher, classes = components.teacher, components.student.num_classes
+    if classes and isinstance(teacher, Denoiser) and not teacher.num_classes:
+        yield (
+            f"The teacher is unconditional: it saw the student's images of all {classes} classes "
+            "without their labels, and cannot tell whether a class stayed itself."
+        )
 
 
 def notes(rows: Sequence[Row]) -> Iterator[str]:

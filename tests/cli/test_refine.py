@@ -199,6 +199,22 @@ def test_a_dry_run_says_what_would_be_loaded(finished: Finished, tmp_path: Path)
     assert "# extractor: https://" in loaded
 
 
+def test_a_dry_run_estimates_what_a_run_takes(finished: Finished) -> None:
+    """One iteration in memory tells time, memory and disk."""
+    outcome = call("--gan", finished.recipe, "--dry-run")
+    told = outcome.stdout.partition("# by one iteration of ")[2]
+    for line in ("# training: about 0:00:", "# evaluation: about 0:00:", "# memory: ", "# disk: "):
+        assert f"\n{line}" in told, outcome.stdout
+    assert "GB, 2 checkpoints of" in told
+
+
+def test_a_dry_run_says_what_does_not_fit(finished: Finished, tmp_path: Path) -> None:
+    """It opens the networks: a mismatch is not left to the run."""
+    outcome = call("--gan", finished.recipe, "--dry-run", "student.config.img_resolution=16")
+    assert outcome.code == 2
+    assert "the student makes images of 16x16" in outcome.stderr
+
+
 def test_the_help_names_every_option_and_shows_examples() -> None:
     """--help is enough for a newcomer to start, to go on and to find the report."""
     outcome = call("--help")

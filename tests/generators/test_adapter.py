@@ -72,6 +72,21 @@ def test_a_larger_student_in_colour_is_refined(tmp_path: Path) -> None:
     assert "8x8" in (folder.report / "report.md").read_text()
 
 
+def test_a_conditional_student_of_an_unconditional_teacher_keeps_its_classes(
+    tmp_path: Path,
+) -> None:
+    """Refused with the name of the setting; trained with it, and said in the report."""
+    recipe, outdir = tiny_recipe(tmp_path), ("--outdir", tmp_path / "runs")
+    classes = ["student.config.c_dim=3", "evaluation.reference=", "evaluation.extractor=pixels"]
+    refused = call("--gan", recipe, *classes, *outdir)
+    assert refused.code == 2 and "teacher.labels=ignore" in refused.stderr
+    done = call("--gan", recipe, *classes, "teacher.labels=ignore", *outdir)
+    assert done.code == 0, done.stderr
+    folder = RunFolder(tmp_path / "runs" / "00000-tiny")
+    assert generators.load(folder.student).num_classes == 3
+    assert "teacher is unconditional" in (folder.report / "report.md").read_text()
+
+
 def test_a_larger_student_is_not_measured_against_smaller_samples(tmp_path: Path) -> None:
     """The teacher's samples have another size than the student's images: no FID between them."""
     outcome = call(
