@@ -37,10 +37,12 @@ from core.errors import UserError
 from core.precision import allow_tf32
 from core.run_folder import RunFolder
 from refinement import estimate
+from refinement import export as exporting
 from refinement.components import Components, load_components
 from refinement.job_restart import begun_run, note_job
 from refinement.pipeline import finish, train
 from refinement.recipe import Recipe, read_recipe
+from refinement.reopening import check_changes, check_inputs
 from refinement.run import Run, log_session, open_run
 from refinement.runs_table import table as listed_runs
 from refinement.signals import ending_at_once, leave, run_as_process
@@ -79,6 +81,10 @@ torchrun --nproc_per_node=8 refine.py --gan RECIPE.yaml
     the same on eight GPUs
 python refine.py --resume runs/00000-NAME
     resumes a run that was stopped
+python refine.py --resume runs/00000-NAME training.duration_kimg=2000
+    makes a run longer
+python refine.py --export runs/00000-NAME --at last
+    writes the last weights of a run whose refined ones are better, earlier ones
 python refine.py --list
     lists the runs with state, progress and metric
 
@@ -105,6 +111,17 @@ go on with --resume. A second Ctrl-C ends it at once. Other errors end with code
     help="Rebuild a run's report.",
 )
 @click.option(
+    "--export",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Write the weights of a run as they were at another time, with --at.",
+)
+@click.option(
+    "--at",
+    metavar="best|last|IMAGES",
+    help="For --export: the best checkpoint, the last one, or the one after so many images.",
+)
+@click.option(
     "--list", "listing", is_flag=True, help="List the runs with state, progress and metric."
 )
 @click.option(
@@ -124,6 +141,8 @@ def main(
     teach: bool,
     resume: Path | None,
     report: Path | None,
+    export: Path | None,
+    at: str | None,
     listing: bool,
     outdir: Path,
     dry_run: bool,
@@ -141,25 +160,29 @@ def main(
     # exactly one mode, or one earlier run
     asked = {"gan": gan, "distill": distill, "teach": teach}
     modes = [mode for mode, wanted in asked.items() if wanted]
-    earlier = [run for run in (resume, report) if run is not None]
+    earlier = [run for run in (resume, report, export) if run is not None]
     if len(modes) + len(earlier) != 1:
         raise UserError(
-            "give one of --gan, --distill, --teach, --resume RUN and --report RUN; "
+            "give one of --gan, --distill, --teach, --resume RUN, --report RUN and --export RUN; "
             "--help explains them"
         )
-    if earlier and arguments:
+    if earlier and arguments and resume is None:
         raise UserError(
-            f"{arguments[0]!r}: a run keeps its recipe; --resume and --report take no other"
+            f"{arguments[0]!r}: a run keeps its recipe; --report and --export take no other"
         )
+    if (export is None) != (at is None):
+        raise UserError("--export RUN and --at best|last|IMAGES go together")
 
     # its recipe, then the work
-    recipe = _recipe_of(modes[0], arguments) if modes else _recipe_in(earlier[0])
+    recipe = _recipe_of(modes[0], arguments) if modes else _recipe_in(earlier[0], arguments)
     if dry_run:
         _print_plan(recipe)
     elif resume is not None:
         resume_run(recipe, RunFolder.open_existing(resume))
     elif report is not None:
         rebuild_report(recipe, RunFolder.open_existing(report))
+    elif export is not None and at is not None:
+        export_weights(recipe, RunFolder.open_existing(export), at)
     else:
         run_recipe(recipe, outdir)
 
@@ -174,7 +197,11 @@ def run_recipe(recipe: Recipe, outdir: Path) -> None:
 
 
 def resume_run(recipe: Recipe, folder: RunFolder) -> None:
-    """Train a run to its end from its newest checkpoint, and write its report."""
+    """Train a run to its end from its newest checkpoint, and write its report.
+
+    recipe: the run's, maybe with other settings of `reopening.CHANGEABLE`; it is written to the
+    folder.
+    """
     try:
         with _environment(recipe) as world:
             _train_and_report(recipe, _load(recipe, world), folder, world)
@@ -185,19 +212,47 @@ def resume_run(recipe: Recipe, folder: RunFolder) -> None:
 def rebuild_report(recipe: Recipe, folder: RunFolder) -> None:
     """Write the report of a run as it stands, with its weights; nothing is trained."""
     with _environment(recipe) as world, _exclusive(folder, world):
-        run = open_run(recipe, load_components(recipe, world), folder, world)
+        run = _open(recipe, load_components(recipe, world), folder, world)
         with _telling_what_is_saved(run):
             _print_report(run, finish(run))
+
+
+def export_weights(recipe: Recipe, folder: RunFolder, at: str) -> None:
+    """Write a run's weights of that time into a folder of their own in it; nothing is evaluated."""
+    with _environment(recipe) as world, _exclusive(folder, world):
+        run = _open(recipe, load_components(recipe, world), folder, world)
+        student, images_seen = exporting.student_at(run, exporting.chosen(run, at))
+        if world.is_main:
+            out = folder.exported(images_seen)
+            out.path.mkdir(parents=True, exist_ok=True)
+            exporting.write(run, student, images_seen, out)
+            click.echo(f"wrote {out.student}: the weights after {images_seen:,} images")
 
 
 def _train_and_report(
     recipe: Recipe, components: Components, folder: RunFolder, world: World
 ) -> None:
     with _exclusive(folder, world):
-        run = open_run(recipe, components, folder, world)
+        run = _open(recipe, components, folder, world)
+        if world.is_main:
+            _write_recipe(recipe, folder)
         with _telling_what_is_saved(run):
             train(run)
             _print_report(run, finish(run))
+
+
+def _open(recipe: Recipe, components: Components, folder: RunFolder, world: World) -> Run:
+    """Return the run, whose input files are those that it began with."""
+    check_inputs(recipe, folder, world)
+    return open_run(recipe, components, folder, world)
+
+
+def _write_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    """Write the resolved recipe, unless it is there."""
+    resolved = config.to_yaml(recipe)
+    if not folder.recipe.exists() or folder.recipe.read_text(encoding="utf-8") != resolved:
+        with atomic_write(folder.recipe) as partial:
+            partial.write_text(resolved, encoding="utf-8")
 
 
 @contextmanager
@@ -229,9 +284,13 @@ def _print_report(run: Run, report: Report) -> None:
         click.echo(f"\n{text.summary(report)}\n\nreport: {run.folder.report / 'report.html'}")
 
 
-def _recipe_in(run: Path) -> Recipe:
-    """Return the recipe of an earlier run. Raises UserError if there is no such run."""
-    return read_recipe(RunFolder.open_existing(run).recipe)
+def _recipe_in(run: Path, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of an earlier run, with those settings changed that a run may change.
+
+    Raises UserError if there is no such run, or for another setting.
+    """
+    check_changes(overrides)
+    return read_recipe(RunFolder.open_existing(run).recipe, overrides)
 
 
 def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:
@@ -304,8 +363,7 @@ def _folder_of_job(recipe: Recipe, outdir: Path, world: World) -> RunFolder | No
     folder = RunFolder.create(outdir, recipe.name)
     try:
         note_job(folder)
-        with atomic_write(folder.recipe) as partial:
-            partial.write_text(resolved, encoding="utf-8")
+        _write_recipe(recipe, folder)
     except UserError:
         shutil.rmtree(folder.path)  # without its recipe it is no run folder
         raise

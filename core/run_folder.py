@@ -36,6 +36,11 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @property
+    def inputs(self) -> Path:
+        """Return the path of the note of the input files and their hashes."""
+        return self.path / "inputs.json"
+
+    @property
     def job(self) -> Path:
         """Return the path of the note of the job that began the run."""
         return self.path / "job.txt"
@@ -64,6 +69,10 @@ class RunFolder:
     def refined_pickle(self) -> Path:
         """Return the path of the user's own pickle with the refined weights in it."""
         return self.path / "refined.pkl"
+
+    def exported(self, images_seen: int) -> RunFolder:
+        """Return the folder of weights that are exported later, with paths as in a run's."""
+        return RunFolder(self.path / "exports" / f"{images_seen:012d}")
 
     @property
     def teacher_samples(self) -> Path:

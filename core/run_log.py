@@ -119,17 +119,6 @@ class EarlyStop(Row):
     at_images_seen: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Best(Row):
-    """The best evaluated checkpoint of a run, better than its end."""
-
-    kind = "best"
-    metric: str
-    value: float
-    at_images_seen: int
-    checkpoint: str
-
-
 _KINDS = {
     row.kind: row
     for row in (
@@ -140,7 +129,6 @@ _KINDS = {
         Rollback,
         Divergence,
         EarlyStop,
-        Best,
     )
 }
 T = TypeVar("T", bound=Row)

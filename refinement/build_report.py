@@ -10,7 +10,6 @@ import torch
 from core.file import File
 from core.roles import Denoiser
 from core.run_log import (
-    Best,
     Divergence,
     EarlyStop,
     Evaluation,
@@ -33,8 +32,11 @@ from refinement.run import Run, now, total_seconds
 from reports import data
 
 
-def report_of(run: Run) -> data.Report:
-    """Return the report of a run, from the rows of its log up to its last checkpoint."""
+def report_of(run: Run, exported: int) -> data.Report:
+    """Return the report of a run, from the rows of its log up to its last checkpoint.
+
+    exported: images seen of the refined weights.
+    """
     recipe, components, at = run.recipe, run.components, run.state.images_seen
     every = run.folder.log.rows()
     rows = [row for row in every if row.images_seen <= at]
@@ -46,7 +48,7 @@ def report_of(run: Run) -> data.Report:
     return data.Report(
         name=recipe.name,
         before=logged_metrics(run.folder, "before", 0) or {},
-        after=logged_metrics(run.folder, "after", at) or {},
+        after=logged_metrics(run.folder, "after", exported) or {},
         images=recipe.evaluation.images,
         first_seed=0,
         reference=real and provenance.ReferenceName.of(real),
@@ -60,16 +62,18 @@ def report_of(run: Run) -> data.Report:
         teacher=_teacher_file(recipe),
         sampler=_sampler(run),
         images_seen=at,
+        exported_images_seen=exported,
+        last=logged_metrics(run.folder, "after", at) or {} if exported != at else {},
         started_at=min((session.started_at for session in sessions), default=run.started_at),
         finished_at=max((session.finished_at for session in sessions), default=now()),
         durations_seconds=total_seconds(sessions),
         timed_images=sum(session.images for session in sessions) or None,
         curve=_curve(run, rows),
-        drift=logged_comparison(run.folder, Drift, at),
-        nearness=logged_comparison(run.folder, Nearness, at),
+        drift=logged_comparison(run.folder, Drift, exported),
+        nearness=logged_comparison(run.folder, Nearness, exported),
         teacher_sees=_teacher_sees(components),
         pair_seeds=tuple(pair_seeds(run)),
-        notes=(*_setup_notes(components), *notes(every)),
+        notes=(*_setup_notes(components), *notes(every, at)),
         recipe=recipe.model_dump(mode="json"),
     )
 
@@ -166,8 +170,11 @@ def _setup_notes(components: Components) -> Iterator[str]:
         )
 
 
-def notes(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield remarks on the training that a reader of the report needs."""
+def notes(rows: Sequence[Row], at: int) -> Iterator[str]:
+    """Yield remarks on the training that a reader of the report needs.
+
+    at: images seen at the end.
+    """
     stats = of_kind(rows, Stats)
     skipped = [v for row in stats for k, v in row.values.items() if k.endswith("_skipped")]
     if any(skipped):
@@ -185,16 +192,10 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
                 )
             case Divergence():
                 yield f"Training stopped because it diverged: {row.why}."
-            case EarlyStop():
+            case EarlyStop() if row.images_seen == at:
                 yield (
                     f"The run ended early, as its recipe asks: {row.metric} had not improved since "
                     f"{row.at_images_seen:,} images."
-                )
-            case Best():
-                yield (
-                    f"The end is not the best that was measured: {row.metric} was "
-                    f"{row.value:.4g} after {row.at_images_seen:,} images, kept in "
-                    f"`{row.checkpoint}`."
                 )
 
 

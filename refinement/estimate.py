@@ -51,7 +51,8 @@ def preview(recipe: Recipe, world: World) -> Iterator[str]:
 
     # memory and disk
     state_bytes = checkpoint.size_bytes(state)
-    kept = recipe.training.keep.newest + (recipe.training.keep.best is not None)
+    keep = recipe.training.keep
+    kept = keep.newest + (keep.best and recipe.evaluation.every_kimg > 0)
     yield f"memory: {memory}"
     yield (
         f"disk: {kept * state_bytes / _GB:.2f} GB, {kept} checkpoints of {state_bytes / _GB:.2f} GB"

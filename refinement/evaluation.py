@@ -32,9 +32,13 @@ COMPARED_IMAGES = 1000
 _log = logging.getLogger(__name__)
 
 
-def evaluate(run: Run, when: Literal["before", "after"], student: Generator | Denoiser) -> None:
-    """Evaluate a student on all seeds and log the metrics, unless the log holds them already."""
-    images_seen = 0 if when == "before" else run.state.images_seen
+def evaluate(
+    run: Run, when: Literal["before", "after"], student: Generator | Denoiser, images_seen: int
+) -> None:
+    """Evaluate a student on all seeds and log the metrics, unless the log holds them already.
+
+    images_seen: of the student, its place in the log.
+    """
     evaluator = run.components.evaluator
     if evaluator is None:
         return
@@ -105,12 +109,12 @@ def while_training(
     return evaluator.evaluate_quick(images_of, stop_requested=stop_requested)
 
 
-def compare(run: Run, student: nn.Module) -> None:
+def compare(run: Run, student: nn.Module, images_seen: int) -> None:
     """Compare images one by one, before with after and after with real ones, and log the results.
 
     Skipped if the log holds them. A denoiser that began as noise is not compared with itself.
     """
-    evaluator, images_seen = run.components.evaluator, run.state.images_seen
+    evaluator = run.components.evaluator
     real = evaluator.real.features if evaluator and evaluator.real else None
     drifts = run.recipe.mode != "teach"
     if evaluator is None or not (drifts or real is not None):

@@ -4,26 +4,15 @@ point.
 
 from __future__ import annotations
 
-import copy
-import logging
-from dataclasses import asdict
-
-from torch import nn
-
-import generators
 from core import distributed
-from core.errors import UserError
 from core.roles import Denoiser, Generator
 from eval import samples
-from pretrained import files, networks
-from refinement import build_report, evaluation
+from refinement import build_report, evaluation, export
 from refinement.components import with_teacher_samples
 from refinement.run import Run, log_session, timed
 from refinement.signals import stop_signal
 from reports import data, write
 from training import trainer
-
-_log = logging.getLogger(__name__)
 
 
 def train(run: Run) -> None:
@@ -38,7 +27,7 @@ def train(run: Run) -> None:
 
     # evaluate before, unless the log has it
     _meet_teacher(run)
-    evaluation.evaluate(run, "before", run.original)
+    evaluation.evaluate(run, "before", run.original, 0)
     if run.state.images_seen >= run.recipe.training.total_images:
         return
 
@@ -64,28 +53,22 @@ def train(run: Run) -> None:
 def finish(run: Run) -> data.Report:
     """Return the report of the run as it stands, after writing it and the refined weights."""
     _meet_teacher(run)
-    evaluation.evaluate(run, "before", run.original)
+    evaluation.evaluate(run, "before", run.original, 0)
 
     # the refined weights
-    student = copy.deepcopy(run.state.student_ema)
-    assert isinstance(student, Generator | Denoiser), type(student)
-    if isinstance(student, Generator):
-        student.update_w_avg()
+    best = export.chosen(run, run.recipe.training.export)
+    student, images_seen = export.student_at(run, best)
     if run.world.is_main:
-        provenance = {
-            "refined_from": asdict(
-                build_report.file_of(run.recipe.student, run.recipe.files.student)
-            ),
-            "images_seen": run.state.images_seen,
-        }
-        networks.save(run.folder.student, student, provenance=provenance)
-        _save_refined_pickle(run, student)
+        export.write(run, student, images_seen, run.folder)
 
-    # evaluate after, then report
-    evaluation.evaluate(run, "after", student)
-    evaluation.compare(run, student)
+    # evaluate them, and the last ones if they are others; then report
+    evaluation.evaluate(run, "after", student, images_seen)
+    if best is not None:
+        last, seen = export.student_at(run, None)
+        evaluation.evaluate(run, "after", last, seen)
+    evaluation.compare(run, student, images_seen)
     log_session(run)
-    report = build_report.report_of(run)
+    report = build_report.report_of(run, images_seen)
     if run.world.is_main:
         near = build_report.neighbors(run, report, run.components.images_of(student))
         write.write(run.folder.report, report, _pairs(run, student), near)
@@ -102,21 +85,6 @@ def _pairs(run: Run, student: Generator | Denoiser) -> samples.Pairs:
         seeds,
         labels=samples.inputs_of(student, seeds).labels,
         teacher=components.images_of(components.teacher) if shares_latents else None,
-    )
-
-
-def _save_refined_pickle(run: Run, student: nn.Module) -> None:
-    """Write a published pickle of the student again, with the refined weights."""
-    file = run.recipe.files.student
-    if file is None or not files.is_pickle(file.path):
-        return
-    try:
-        written = generators.save_refined(file.path, run.folder.refined_pickle, student)
-    except UserError as error:
-        _log.warning("no refined.pkl: %s", error)
-        return
-    _log.info(
-        "%s: %s refined, all else as it was", run.folder.refined_pickle, " and ".join(written)
     )
 
 

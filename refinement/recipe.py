@@ -20,7 +20,7 @@ from eval import edm_sampler, evaluator, features
 from eval.metrics.registry import metrics, parse
 from refinement.families import family_errors, from_images, typed
 from training import trainer
-from training.divergence import WatchedMetric
+from training.checkpoint import WatchedMetric
 
 Mode = Literal["gan", "distill", "teach"]
 """Purpose of a recipe: refine a GAN, distil a teacher, or train one."""
@@ -141,30 +141,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _watches_what_it_measures(self) -> Recipe:
-        keep, stops = self.training.keep, self.training.early_stop_kimg is not None
-        if keep.best is None and not stops:
+        watch, stops = self.training.watch, self.training.early_stop_kimg is not None
+        if watch is None and not stops:
             return self
-        asks = "training.keep.best" if keep.best is not None else "training.early_stop_kimg"
+        asks = "training.watch" if watch is not None else "training.early_stop_kimg"
         if not self.evaluation.every_kimg:
             raise ValueError(
                 f"{asks} needs measurements while training: set evaluation.every_kimg, or leave it "
                 "out"
             )
 
-        # the metric is evaluated while training
-        watched, known = self.watched_metric.name, self._evaluated_while_training()
+        watched, known = self._watched_name, self._evaluated_while_training()
         if watched not in known:
             raise ValueError(
                 f"{asks} watches {watched!r}, which is not measured while training: choose one of "
-                f"{', '.join(known) or 'none'} as training.keep.best; what is measured follows "
+                f"{', '.join(known) or 'none'} as training.watch; what is measured follows "
                 "from evaluation.metrics, reference and images_while_training"
-            )
-
-        # and its direction is right
-        better = "lowest" if metrics()[watched].better == "lower" else "highest"
-        if keep.best is not None and keep.best_is != better:
-            raise ValueError(
-                f"training.keep.best_is is {keep.best_is}, and of {watched} the {better} is best"
             )
         return self
 
@@ -198,13 +190,14 @@ class Recipe(Section):
     def watched_metric(self) -> WatchedMetric:
         """The metric that tells divergence, early stop and the best checkpoint.
 
-        That of training.keep.best, or else the headline: the first of evaluation.metrics.
+        That of training.watch, or else the headline: the first of evaluation.metrics.
         """
-        keep = self.training.keep
-        if keep.best is not None:
-            return WatchedMetric(keep.best, highest=keep.best_is == "highest")
-        headline = parse(self.evaluation.metrics)[0].metrics[0]
-        return WatchedMetric(headline, highest=metrics()[headline].better == "higher")
+        name = self._watched_name
+        return WatchedMetric(name, highest=metrics()[name].better == "higher")
+
+    @property
+    def _watched_name(self) -> str:
+        return self.training.watch or parse(self.evaluation.metrics)[0].metrics[0]
 
     @property
     def mode(self) -> Mode:

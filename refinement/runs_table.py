@@ -78,7 +78,7 @@ def _progress(folder: RunFolder, recipe: Recipe, rows: Sequence[Row]) -> tuple[i
     events = [row for row in rows if isinstance(row, Stats | Rollback | Divergence)]
     if events and isinstance(events[-1], Divergence):
         return saved, f"diverged after {events[-1].images_seen}, saved at {saved} of {total}"
-    if saved >= total or of_kind(rows, EarlyStop):
+    if saved >= total or any(row.images_seen >= saved for row in of_kind(rows, EarlyStop)):
         early = "" if saved >= total else f" early, at {saved} of {total}"
         is_reported = (folder.report / "report.json").exists()
         return saved, f"finished{early}" if is_reported else f"trained{early}, no report yet"

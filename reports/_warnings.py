@@ -14,7 +14,7 @@ _SMALL_FALL = 0.02
 
 def warnings(report: Report) -> list[str]:
     """Return the warnings of a report, one sentence each."""
-    sentences = list(report.notes)
+    sentences = [*_worse_warning(report), *_exported_note(report), *report.notes]
     if report.extractor is None:
         sentences.append(
             "The recipe names no reference (evaluation.reference): nothing was measured."
@@ -33,6 +33,38 @@ def warnings(report: Report) -> list[str]:
     if report.environment.git_dirty:
         sentences.append("The checkout had changes that are in no commit.")
     return sentences
+
+
+def _worse_warning(report: Report) -> list[str]:
+    """Return a warning if the headline metric got worse by more than its spread."""
+    name = next(iter(report.metrics), None)
+    if name is None:
+        return []
+    about, before, after = metrics()[name], report.before[name], report.after[name]
+    is_worse = about.is_better(before.mean, than=after.mean)
+    if not is_worse or abs(after.mean - before.mean) <= before.std + after.std:
+        return []
+    went = "rose" if after.mean > before.mean else "fell"
+    return [
+        f"{about.label} {went} from {shown(name, before)} to {shown(name, after)}: the run made "
+        "the student worse, so keep the original. What to try: a smaller training.student_lr; a "
+        "score network that follows better (a longer objective.head_start_kimg, a larger "
+        "training.score_lr); a larger training.batch_size; or a teacher that is further ahead."
+    ]
+
+
+def _exported_note(report: Report) -> list[str]:
+    """Return a sentence on refined weights that are not the last ones, with the metrics of both."""
+    name = next(iter(report.metrics), None)
+    if name is None or not report.last or report.exported_images_seen is None:
+        return []
+    label, best, last = metrics()[name].label, report.after[name], report.last[name]
+    return [
+        f"The refined weights are those after {report.exported_images_seen:,} images, the best "
+        f"that were measured while training: {label} {shown(name, best)}. The last ones, after "
+        f"{report.images_seen:,} images, have {label} {shown(name, last)}: "
+        "`python refine.py --export RUN --at last` writes them."
+    ]
 
 
 def _features_warning(report: Report) -> list[str]:
@@ -69,7 +101,7 @@ def _teacher_warnings(report: Report) -> list[str]:
 def _mode_loss_warning(report: Report) -> list[str]:
     """Return a warning for each metric of mode coverage that fell while the headline improved."""
     headline = next(iter(report.metrics), None)
-    if headline is None:
+    if headline is None or report.student.sha256 is None:  # it began as noise: nothing to lose
         return []
     about = metrics()[headline]
     if not about.is_better(report.after[headline].mean, than=report.before[headline].mean):

@@ -20,7 +20,9 @@ from eval.metrics.registry import MetricResult, metrics
 from eval.nearest import Drift, Nearness
 from eval.provenance import Environment, ExtractorName, ReferenceName
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_RESULTS = ("before", "after", "last")
+"""Fields of metrics."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class Report:
     finished_at: str
     durations_seconds: Mapping[str, float]
     """Part of the run -> seconds, without those of processes that were killed."""
+    exported_images_seen: int | None = None
+    """Images seen of the refined weights: fewer than `images_seen` if earlier ones were better."""
+    last: Mapping[str, MetricResult] = field(default_factory=dict)
+    """Metrics of the last weights, if the refined ones are earlier."""
     timed_images: int | None = None
     """Images trained in these seconds; None if that is not known."""
     curve: Curve = field(default_factory=Curve)
@@ -129,7 +135,7 @@ def to_json(report: Report) -> dict[str, object]:
     document["seeds"] = [list(seeds) for seeds in report.seeds]
     document["metrics"] = {name: _about(name) for name in {**report.before, **report.after}}
     document["curve"]["points"] = [list(point) for point in report.curve.points]
-    for when in ("before", "after"):
+    for when in _RESULTS:
         document[when] = {
             name: {"mean": result.mean, "std": result.std, "values": list(result.values)}
             for name, result in getattr(report, when).items()
@@ -154,7 +160,7 @@ def read(path: str | Path) -> Report:
                 "it again with python refine.py --report RUN"
             )
         del document["seeds"], document["metrics"]
-        for when in ("before", "after"):
+        for when in _RESULTS:
             for result in document[when].values():
                 del result["mean"], result["std"]
         return TypeAdapter(Report).validate_python(document)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Final, Literal, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from core import distributed
 from core.config import Section
@@ -47,12 +47,16 @@ class Retention(Section):
     """So many of the newest stay; with two, a damaged one costs little."""
     every_kimg: float = Field(default=0.0, ge=0)
     """The first after each so many thousand images stays for ever; 0: none does."""
-    best: str | None = Field(default=None, min_length=1)
-    """The one with the best of this metric, measured while training (such as fid), stays too.
-    null: none does.
-    """
-    best_is: Literal["lowest", "highest"] = "lowest"
-    """Which value of that metric is the best."""
+    best: bool = True
+    """The best by the watched metric (training.watch), measured while training, stays too."""
+
+
+class WatchedMetric(NamedTuple):
+    """The metric that tells divergence, early stop and the best checkpoint."""
+
+    name: str
+    highest: bool = False
+    """Whether the highest value is the best."""
 
 
 Content = dict[str, object]
@@ -65,14 +69,16 @@ def save(
     folder: RunFolder,
     *,
     keep: Retention = _KEEP,
+    watched: WatchedMetric | None = None,
     scores: Mapping[str, float] = _NO_SCORES,
 ) -> Path:
     """Return the path of the checkpoint of this state, after writing it and removing old ones.
 
-    scores: metrics of this state, if it was evaluated. Raises UserError if the disk
+    watched: the metric of the best checkpoint, which stays. scores: metrics of this state, if it
+    was evaluated. Raises UserError if the disk
     refuses; earlier checkpoints are then untouched.
     """
-    return _write(_content(state), folder, keep, scores)
+    return _write(_content(state), folder, keep, watched, scores)
 
 
 class Writer:
@@ -84,8 +90,15 @@ class Writer:
     and is used again for the next.
     """
 
-    def __init__(self, folder: RunFolder, keep: Retention = _KEEP, *, is_main: bool = True) -> None:
-        self.folder, self.keep, self.is_main = folder, keep, is_main
+    def __init__(
+        self,
+        folder: RunFolder,
+        keep: Retention = _KEEP,
+        *,
+        watched: WatchedMetric | None = None,
+        is_main: bool = True,
+    ) -> None:
+        self.folder, self.keep, self.watched, self.is_main = folder, keep, watched, is_main
         self._copy: Content = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
@@ -100,7 +113,7 @@ class Writer:
             return
         self._copy = copy_to_host(content, self._copy)
         self._writing = self._thread.submit(
-            _write, self._copy, self.folder, self.keep, dict(scores)
+            _write, self._copy, self.folder, self.keep, self.watched, dict(scores)
         )
 
     def wait(self) -> None:
@@ -134,24 +147,27 @@ def newest(folder: RunFolder) -> Path | None:
     return next(reversed(_all(folder)), None)
 
 
+def kept(folder: RunFolder) -> list[Path]:
+    """Return the paths of the checkpoints, oldest first."""
+    return _all(folder)
+
+
 def images_saved(folder: RunFolder) -> int:
     """Return the images seen of the newest checkpoint; 0 without any."""
     path = newest(folder)
     return 0 if path is None else int(path.stem)
 
 
-def best(folder: RunFolder, keep: Retention) -> Path | None:
-    """Return the checkpoint with the best value of keep.best's metric; None if that is unset, or no
-    checkpoint was evaluated.
-    """
-    return _best(_all(folder), keep)
+def best(folder: RunFolder, watched: WatchedMetric | None) -> Path | None:
+    """Return the checkpoint with the best value of the watched metric; None if none has one."""
+    return _best(_all(folder), watched)
 
 
-def best_intact(folder: RunFolder, keep: Retention) -> Path | None:
+def best_intact(folder: RunFolder, keep: Retention, watched: WatchedMetric | None) -> Path | None:
     """Return the checkpoint for a rollback: the best if it is kept and intact, else the newest
     intact one. None without any.
     """
-    chosen = best(folder, keep)
+    chosen = best(folder, watched) if keep.best else None
     return chosen if chosen is not None and damage(chosen) is None else _newest_intact(folder)
 
 
@@ -190,13 +206,7 @@ def restore(state: TrainState, path: Path) -> None:
     Raises UserError if the file is damaged (the state is then as it was) or does not fit (the
     state is then of no more use).
     """
-    wrong = damage(path)
-    if wrong is not None:
-        raise UserError(f"{path} is damaged: {wrong}; delete it to go on from the one before")
-
-    # networks, average, optimizers, loss scales, count of images
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    with _opened(path) as content:
         for name in ("student", "score"):
             network = getattr(state.networks, name)
             network.load_state_dict(fsdp.distribute_state_like(content[name], network))
@@ -206,6 +216,26 @@ def restore(state: TrainState, path: Path) -> None:
         scales = content.get("loss_scales", {})
         state.loss_scales = {phase: LossScale(*known) for phase, known in scales.items()}
         state.images_seen = content["images_seen"]
+
+
+def restore_average(student: nn.Module, path: Path) -> int:
+    """Load the student's moving average of a checkpoint; return the images that it has seen.
+
+    Raises UserError as `restore` does.
+    """
+    with _opened(path) as content:
+        student.load_state_dict(content["student_ema"])
+        return content["images_seen"]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the content of a checkpoint. Raises UserError if it is damaged or does not fit."""
+    wrong = damage(path)
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: {wrong}; delete it to go on from the one before")
+    try:
+        yield torch.load(path, map_location="cpu", weights_only=True)
     except torch.OutOfMemoryError:
         raise
     except _DAMAGE as error:
@@ -255,7 +285,11 @@ def _newest_intact(folder: RunFolder) -> Path | None:
 
 
 def _write(
-    content: Content, folder: RunFolder, keep: Retention, scores: Mapping[str, float]
+    content: Content,
+    folder: RunFolder,
+    keep: Retention,
+    watched: WatchedMetric | None,
+    scores: Mapping[str, float],
 ) -> Path:
     path = folder.checkpoints / f"{content['images_seen']:012d}.pt"
     folder.log.flush()
@@ -263,7 +297,7 @@ def _write(
         torch.save(content, partial)
         seal(partial, scores)
     paths = _all(folder)
-    for old in set(paths) - _retained_paths(paths, keep):
+    for old in set(paths) - _retained_paths(paths, keep, watched):
         try:
             old.unlink(missing_ok=True)
         except OSError as error:  # the new one is written all the same
@@ -271,23 +305,26 @@ def _write(
     return path
 
 
-def _retained_paths(paths: Sequence[Path], keep: Retention) -> set[Path]:
+def _retained_paths(
+    paths: Sequence[Path], keep: Retention, watched: WatchedMetric | None
+) -> set[Path]:
     """Return those checkpoints that stay, of all, oldest first."""
     retained = set(paths[-keep.newest :])
     if step := round(keep.every_kimg * 1000):
         first = {int(path.stem) // step: path for path in reversed(paths)}
         retained |= {path for multiple, path in first.items() if multiple > 0}
-    chosen = _best(paths, keep)
+    chosen = _best(paths, watched) if keep.best else None
     return retained if chosen is None else retained | {chosen}
 
 
-def _best(paths: Sequence[Path], keep: Retention) -> Path | None:
+def _best(paths: Sequence[Path], watched: WatchedMetric | None) -> Path | None:
     """Return the checkpoint with the best score, of all, oldest first; the first of equals."""
-    if keep.best is None:
+    if watched is None:
         return None
     scored = {path: scores_of(path) for path in paths}
-    values = {path: scores[keep.best] for path, scores in scored.items() if keep.best in scores}
-    choose = min if keep.best_is == "lowest" else max
+    name = watched.name
+    values = {path: scores[name] for path, scores in scored.items() if name in scores}
+    choose = max if watched.highest else min
     return choose(values, key=values.__getitem__, default=None)
 
 

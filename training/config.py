@@ -65,8 +65,14 @@ class Config(Section):
     """Checkpoints that stay when a new one is written."""
     divergence: DivergenceConfig = DivergenceConfig()
     """Criteria of divergence, and the reaction to it."""
+    watch: str | None = Field(default=None, min_length=1)
+    """The metric, measured while training, that tells divergence, early stop and the best weights.
+    null: the first of evaluation.metrics.
+    """
+    export: Literal["best", "last"] = "best"
+    """The refined weights: those that were best by the watched metric, or the last ones."""
     early_stop_kimg: float | None = Field(default=None, gt=0)
-    """The run ends once the metric of keep.best, or else the headline metric, has not improved for
+    """The run ends once the watched metric has not improved for
     so many thousand images. null: it goes to its end.
     """
     tensorboard: bool = False

@@ -22,6 +22,7 @@ from core.errors import UserError
 from core.run_folder import RunFolder
 from core.run_log import Evaluation, Rollback, Row, Stats, of_kind
 from training import checkpoint
+from training.checkpoint import WatchedMetric
 from training.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class DivergenceConfig(Section):
     window_rows: int = Field(default=50, ge=_FEWEST_ROWS)
     """Rows of stats.jsonl in the running median."""
     metric_factor: float | None = Field(default=10.0, gt=1)
-    """The metric of keep.best, or else the headline metric, worse than at the start by more than
+    """The watched metric (training.watch), worse than at the start by more than
     this factor counts as diverged. null: no value of it does.
     """
     max_rollbacks: int = Field(default=3, ge=1)
@@ -67,14 +68,6 @@ class Score(NamedTuple):
 
     images_seen: int
     value: float
-
-
-class WatchedMetric(NamedTuple):
-    """The metric that tells divergence, early stop and the best checkpoint."""
-
-    name: str
-    highest: bool = False
-    """Whether the highest value is the best."""
 
 
 class DivergenceMonitor:
@@ -192,7 +185,7 @@ def roll_back(
     if monitor.is_spent:
         return None
     path = distributed.broadcast_from_main(
-        checkpoint.best_intact(folder, keep) if world.is_main else None, world
+        checkpoint.best_intact(folder, keep, monitor.watched) if world.is_main else None, world
     )
     if path is None:
         return None

@@ -15,11 +15,12 @@ from core.distributed import World, any_rank
 from core.errors import EvaluationCancelled, UserError
 from core.roles import Networks, Objective
 from core.run_folder import RunFolder
-from core.run_log import Best, Divergence, EarlyStop
+from core.run_log import Divergence, EarlyStop
 from training import checkpoint, fsdp
+from training.checkpoint import WatchedMetric
 from training.compilation import compiled_networks
 from training.config import Config
-from training.divergence import Diverged, DivergenceMonitor, WatchedMetric, roll_back
+from training.divergence import Diverged, DivergenceMonitor, roll_back
 from training.progress import Progress
 from training.schedule import Every
 from training.state import TrainState
@@ -48,7 +49,7 @@ class Trainer:
     evaluate_every_kimg: float = field(default=0.0, kw_only=True)
     """Thousands of images between evaluations; 0: only after the last iteration."""
     watched: WatchedMetric | None = field(default=None, kw_only=True)
-    """The metric that tells divergence and early stop; None: that of keep.best."""
+    """The metric that tells divergence, early stop and the best checkpoint; None: nothing does."""
     stop_requested: Callable[[], bool] = field(default=lambda: False, kw_only=True)
     """Asked after each iteration; True on any rank saves the state and raises Interrupted."""
     progress: Progress = field(init=False, repr=False)
@@ -74,7 +75,7 @@ class Trainer:
                 except Diverged as error:
                     self.roll_back(error)
             self.writer.wait()
-            self.log_best()
+            self.log_early_stop()
         return self.state
 
     @contextmanager
@@ -93,7 +94,9 @@ class Trainer:
                 total_images=config.total_images,
                 tensorboard=config.tensorboard,
             ) as self.progress,
-            checkpoint.Writer(self.folder, config.keep, is_main=self.world.is_main) as self.writer,
+            checkpoint.Writer(
+                self.folder, config.keep, watched=self.watched, is_main=self.world.is_main
+            ) as self.writer,
         ):
             yield wrap_for_ranks(networks, state, self.world)
 
@@ -137,7 +140,7 @@ class Trainer:
             scores = self._evaluate()
         except EvaluationCancelled:
             return
-        if self.config.keep.best is not None:
+        if self.config.keep.best:
             self.writer.save(self.state, scores=scores)
 
     def after_iteration(self) -> None:
@@ -160,6 +163,7 @@ class Trainer:
 
         # save
         is_due = Every.kimg(self.config.checkpoint_every_kimg).due(before, now)
+        is_due = is_due or (self.config.keep.best and self._is_best(now, scores))
         if is_last or stops or is_due or self.stops_early:
             self.writer.save(self.state, scores=scores)
         if stops:
@@ -190,41 +194,30 @@ class Trainer:
         self.monitor = self._new_monitor()
         self.progress.restart(self.state.images_seen)
 
-    def log_best(self) -> None:
-        """Log why the run ended early, and which checkpoint is better than its end."""
-        curve = self.monitor.curve
-        if not self.world.is_main or not curve:
+    def log_early_stop(self) -> None:
+        """Log why the run ended early, if it did."""
+        now, watched, best = self.state.images_seen, self.monitor.watched, self.monitor.best
+        if not self.world.is_main or watched is None or best is None or not self.stops_early:
             return
-        now, rows = self.state.images_seen, self.folder.log.rows()
-        if any(isinstance(row, EarlyStop | Best) for row in rows):
+        if self.folder.log.last(EarlyStop, images_seen=now) is not None:
             return  # an earlier process did
-        watched, best = self.monitor.watched, self.monitor.best
-        assert watched is not None  # a curve has a metric
-
-        # an early stop
-        if self.stops_early and best is not None:
-            early = EarlyStop(
+        _log.info(
+            "ends early, after %d images: %s was best after %d images, %.4g",
+            *(now, watched.name, best.images_seen, best.value),
+        )
+        self.folder.log.append(
+            EarlyStop(
                 images_seen=now,
                 metric=watched.name,
                 value=best.value,
                 at_images_seen=best.images_seen,
             )
-            _log.info("ends early, after %d images: %s", now, _sentence(early))
-            self.folder.log.append(early)
+        )
 
-        # the best checkpoint, if it is better than the end
-        path = checkpoint.best(self.folder, self.config.keep)
-        saved = [] if path is None else [s for s in curve if s.images_seen == int(path.stem)]
-        if path is not None and saved and self.monitor.is_better(saved[-1], curve[-1]):
-            row = Best(
-                images_seen=now,
-                metric=watched.name,
-                value=saved[-1].value,
-                at_images_seen=saved[-1].images_seen,
-                checkpoint=path.name,
-            )
-            _log.info("%s is better than the end: %s", path, _sentence(row))
-            self.folder.log.append(row)
+    def _is_best(self, now: int, scores: Mapping[str, float]) -> bool:
+        """Return whether the state was evaluated, and is the best so far."""
+        best = self.monitor.best
+        return bool(scores) and best is not None and best.images_seen == now
 
     def _evaluation_is_due(self, now: int) -> bool:
         return Every.kimg(self.evaluate_every_kimg).due(now - self.config.batch_size, now)
@@ -263,11 +256,7 @@ class Trainer:
         rows = distributed.broadcast_from_main(
             self.folder.log.rows() if self.world.is_main else [], self.world
         )
-        keep = self.config.keep
-        watched = self.watched
-        if keep.best is not None:
-            watched = WatchedMetric(keep.best, highest=keep.best_is == "highest")
-        return DivergenceMonitor(self.config.divergence, rows, watched=watched)
+        return DivergenceMonitor(self.config.divergence, rows, watched=self.watched)
 
 
 def _check_config(config: Config, world: World, *, evaluates: bool) -> None:
@@ -293,7 +282,3 @@ def _check_config(config: Config, world: World, *, evaluates: bool) -> None:
             "training.early_stop_kimg needs measurements while training: set evaluation.every_kimg "
             "and a reference, or leave it out"
         )
-
-
-def _sentence(score: EarlyStop | Best) -> str:
-    return f"{score.metric} was best after {score.at_images_seen} images, {score.value:.4g}"

@@ -56,7 +56,7 @@ def test_a_run_leaves_its_files_and_no_others(finished: Finished) -> None:
     """Recipe, log, the newest two checkpoints, samples, refined weights and report."""
     expected = [
         *("checkpoints/000000000064.pt", "checkpoints/000000000080.pt"),
-        *(".lock", "stats.jsonl", "recipe.yaml", "report/curve.png"),
+        *(".lock", "inputs.json", "stats.jsonl", "recipe.yaml", "report/curve.png"),
         *(f"report/report.{kind}" for kind in ("html", "json", "md", "png")),
         *(f"samples/{images:012d}.png" for images in (0, 32, 64, 80)),
         *("student.safetensors", "teacher-samples.npz"),
@@ -205,7 +205,7 @@ def test_a_dry_run_estimates_what_a_run_takes(finished: Finished) -> None:
     told = outcome.stdout.partition("# by one iteration of ")[2]
     for line in ("# training: about 0:00:", "# evaluation: about 0:00:", "# memory: ", "# disk: "):
         assert f"\n{line}" in told, outcome.stdout
-    assert "GB, 2 checkpoints of" in told
+    assert "GB, 3 checkpoints of" in told
 
 
 def test_a_dry_run_says_what_does_not_fit(finished: Finished, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_bare_command_says_what_to_give() -> None:
     outcome = call()
     assert outcome.code == 2
     assert outcome.stderr.startswith(
-        "error: give one of --gan, --distill, --teach, --resume RUN and --report RUN"
+        "error: give one of --gan, --distill, --teach, --resume RUN, --report RUN and --export RUN"
     )
     assert outcome.stderr.count("\n") == 1
 

@@ -245,9 +245,12 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, option: str) -> None:
 
 
 def test_a_run_keeps_its_recipe(tmp_path: Path) -> None:
-    """--resume takes no settings: those of the run hold to its end."""
+    """--report takes no settings; --resume takes those that change nothing of before."""
+    assert "keeps its recipe" in error_of(tmp_path, "--report", tmp_path, "device=cpu")
     sentence = error_of(tmp_path, "--resume", tmp_path, "training.seed=1")
-    assert "'training.seed=1'" in sentence and "keeps its recipe" in sentence
+    assert "training.seed: a run that has begun keeps this setting" in sentence
+    sentence = error_of(tmp_path, "--resume", tmp_path, "evaluation.images=9")
+    assert "measure the run's weights with python -m eval" in sentence
 
 
 def test_one_thing_at_a_time(tmp_path: Path) -> None:

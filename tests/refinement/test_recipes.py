@@ -146,28 +146,22 @@ def _with_drawn_weights(kind: str, *, classes: int) -> tuple[Recipe, Components]
     ("settings", "message"),
     [
         ("evaluation.every_kimg=0 training.early_stop_kimg=3", "early_stop_kimg needs measurem"),
-        ("evaluation.every_kimg=0 training.keep.best=fid", "keep.best needs measurements"),
+        ("evaluation.every_kimg=0 training.watch=fid", "training.watch needs measurements"),
         (
             "evaluation.metrics=[kid] evaluation.images_while_training=500 "
             "training.early_stop_kimg=3",
             "early_stop_kimg watches 'kid'",
         ),
-        ("training.keep.best=recall", "keep.best watches 'recall', which is not .* one of fid"),
+        ("training.watch=recall", "watch watches 'recall', which is not .* one of fid"),
         (
-            "evaluation.metrics=[fid,kid] evaluation.images_while_training=500 "
-            "training.keep.best=kid",
-            "keep.best watches 'kid'",
+            "evaluation.metrics=[fid,kid] evaluation.images_while_training=500 training.watch=kid",
+            "watch watches 'kid'",
         ),
-        (
-            "evaluation.metrics=[fid,precision] training.keep.best=precision",
-            "of precision the highest is best",
-        ),
+        ("training.watch=fidelity", "watch watches 'fidelity', which is not .* one of fid"),
     ],
 )
 def test_what_is_watched_must_be_measured(settings: str, message: str) -> None:
-    """A metric that nothing measures while training cannot end a run, nor choose a checkpoint, nor
-    can its worst value.
-    """
+    """A metric that nothing measures while training cannot end a run, nor choose a checkpoint."""
     with pytest.raises(UserError, match=message):
         read_recipe(ROOT / "configs" / "gan" / "gaussian.yaml", settings.split())
 

@@ -75,6 +75,31 @@ def test_a_recall_that_fell_while_the_distance_improved_is_named() -> None:
     assert not any("mode loss" in warning for warning in text.warnings(worse))
 
 
+def test_a_run_that_made_the_student_worse_says_so_first() -> None:
+    """Beyond the spread: the first sentence, with what to try; within it there is none."""
+    before, spread = MetricResult.of([13.0, 13.2]), MetricResult.of([13.0, 13.4])
+    worse = replace(REPORT, before={"fid": before}, after={"fid": MetricResult.of([190.0, 192.0])})
+    first = text.warnings(worse)[0]
+    assert first.startswith("FID rose from 13.1 ± 0.1 to 191 ± 1: ") and "keep the original" in first
+    assert "a smaller training.student_lr" in first
+    same = replace(REPORT, before={"fid": before}, after={"fid": spread})
+    assert not any("keep the original" in warning for warning in text.warnings(same))
+
+
+def test_mode_loss_is_not_said_of_what_began_as_noise() -> None:
+    """A student without a file had nothing to lose."""
+    drawn = replace(MANY, student=File("freshly drawn edm", None))
+    assert not any("mode loss" in warning for warning in text.warnings(drawn))
+
+
+def test_refined_weights_of_an_earlier_time_are_told_with_both_values() -> None:
+    last = {"fid": MetricResult.of([18.4, 18.6])}
+    report = replace(REPORT, last=last, exported_images_seen=4000, images_seen=9000)
+    told = " ".join(text.warnings(report))
+    assert "The refined weights are those after 4,000 images" in told
+    assert "The last ones, after 9,000 images, have FID 18.5 ± " in told
+
+
 def test_what_stayed_and_what_was_copied_is_said() -> None:
     """How far images moved, how many still know their latent, how near they come to real ones."""
     remarks = text.remarks(REPORT)
@@ -89,7 +114,7 @@ def test_json_has_every_field(tmp_path: Path) -> None:
     """report.json gives each metric as mean, std and values, and says what was measured on what."""
     write.write(tmp_path / "report", REPORT)
     document = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     assert document["before"]["fid"]["values"] == [24.2, 24.1, 23.8]
     assert document["after"]["fid"]["mean"] == pytest.approx(15.3)
     assert document["after"]["fid"]["std"] == pytest.approx(0.1)
@@ -111,7 +136,7 @@ def test_a_report_is_read_back(tmp_path: Path) -> None:
     assert reports.read(tmp_path / "report.json") == REPORT
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}', '{"schema_version": 3}'])
 def test_what_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     """Half a file, another form, another version: a sentence that names the file."""
     (tmp_path / "report.json").write_text(text)

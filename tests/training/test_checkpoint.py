@@ -25,7 +25,7 @@ from objectives import diff_instruct
 from repository import ROOT
 from tiny_states import BATCH, CONFIG, begin
 from training import _checksum, checkpoint
-from training.checkpoint import Retention
+from training.checkpoint import Retention, WatchedMetric
 from training.state import TrainState
 from training.trainer import Config, Interrupted, Trainer
 
@@ -145,26 +145,33 @@ def test_the_newest_two_are_kept(folder: RunFolder) -> None:
     assert newest(folder).name == names[1] and checkpoint.images_saved(folder) == 10_000
 
 
-def kept_of(folder: RunFolder, keep: Retention, scores: dict[int, float]) -> list[int]:
+def kept_of(
+    folder: RunFolder,
+    keep: Retention,
+    scores: dict[int, float],
+    watched: WatchedMetric | None = None,
+) -> list[int]:
     """Return the image counts of the checkpoints left of those saved with these scores."""
     state = begin()
     for state.images_seen, score in scores.items():
-        checkpoint.save(state, folder, keep=keep, scores={"fid": score, "recall": -score})
+        scores_now = {"fid": score, "recall": -score}
+        checkpoint.save(state, folder, keep=keep, watched=watched, scores=scores_now)
     return sorted(int(path.stem) for path in folder.checkpoints.iterdir())
 
 
 def test_the_best_is_kept(folder: RunFolder) -> None:
     """It stays until a better one comes; what is not a number is never the best."""
-    keep = Retention(newest=1, best="fid")
-    assert kept_of(folder, keep, {4: 9.0, 8: 3.0, 12: math.nan, 16: 5.0, 20: 3.0}) == [8, 20]
-    assert kept_of(folder, keep, {24: 2.0, 28: 2.5}) == [24, 28]
+    keep, fid = Retention(newest=1), WatchedMetric("fid")
+    assert kept_of(folder, keep, {4: 9.0, 8: 3.0, 12: math.nan, 16: 5.0, 20: 3.0}, fid) == [8, 20]
+    assert kept_of(folder, keep, {24: 2.0, 28: 2.5}, fid) == [24, 28]
+    assert kept_of(folder, Retention(newest=1, best=False), {32: 2.5}, fid) == [32]
 
 
 def test_the_best_may_be_the_highest(folder: RunFolder) -> None:
     """The score of the highest recall; a metric that was not measured keeps nothing."""
-    keep = Retention(newest=1, best="recall", best_is="highest")
-    assert kept_of(folder, keep, {4: 9.0, 8: 3.0, 12: 5.0, 16: 6.0}) == [8, 16]
-    assert kept_of(folder, Retention(newest=1, best="kid"), {20: 9.0}) == [20]
+    keep, recall = Retention(newest=1), WatchedMetric("recall", highest=True)
+    assert kept_of(folder, keep, {4: 9.0, 8: 3.0, 12: 5.0, 16: 6.0}, recall) == [8, 16]
+    assert kept_of(folder, keep, {20: 9.0}, WatchedMetric("kid")) == [20]
 
 
 def test_one_of_every_so_many_images_is_kept(folder: RunFolder) -> None:

@@ -16,9 +16,10 @@ from core.errors import EvaluationCancelled, UserError
 from core.randomness import Draws
 from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
-from core.run_log import Best, Divergence, EarlyStop, Evaluation, Rollback, Row, Stats
+from core.run_log import Divergence, EarlyStop, Evaluation, Rollback, Row, Stats
 from training import checkpoint
-from training.divergence import Diverged, DivergenceConfig, DivergenceMonitor, WatchedMetric
+from training.checkpoint import WatchedMetric
+from training.divergence import Diverged, DivergenceConfig, DivergenceMonitor
 from training.state import TrainState, start
 from training.trainer import Config, Interrupted, Trainer
 
@@ -238,7 +239,7 @@ def test_it_goes_back_to_the_best_where_that_is_kept(folder: RunFolder) -> None:
         return {"fid": values.get(state.images_seen, 1.9) if state.lr_scale == 1 else 1.9}
 
     folder.log.append(Evaluation(images_seen=0, when="training", metrics={"fid": (2.0,)}))
-    config = settings(student_lr=0.1, keep={"best": "fid", "newest": 9})
+    config = settings(student_lr=0.1, keep={"newest": 9})
     run(folder, config, measure=measure)
     (done,) = folder.log.all(Rollback)
     assert (done.from_images_seen, done.images_seen) == (200, 100)
@@ -284,12 +285,12 @@ def improving_until(best: int) -> Callable[[TrainState], dict[str, float]]:
 
 def test_a_metric_that_no_longer_improves_ends_the_run(folder: RunFolder) -> None:
     """Best after 150 images: with patience for 100, it ends after 250, saved, and says why."""
-    config = settings(student_lr=0.1, early_stop_kimg=0.1, keep={"best": "fid", "newest": 1})
+    config = settings(student_lr=0.1, early_stop_kimg=0.1, keep={"newest": 1})
     state = run(folder, config, measure=improving_until(150))
     assert state.images_seen == 250 == checkpoint.images_saved(folder)
     score = {"images_seen": 250, "metric": "fid", "value": 1.0, "at_images_seen": 150}
     assert folder.log.all(EarlyStop) == [EarlyStop(**score)]
-    assert folder.log.all(Best) == [Best(**score, checkpoint="000000000150.pt")]
+    assert checkpoint.best(folder, WatchedMetric("fid")).name == "000000000150.pt"
     before = folder.log.rows()
     run(folder, config, state=state, measure=improving_until(150))
     assert state.images_seen == 250 and folder.log.rows() == before
@@ -297,10 +298,10 @@ def test_a_metric_that_no_longer_improves_ends_the_run(folder: RunFolder) -> Non
 
 def test_a_run_that_goes_on_improving_is_not_ended(folder: RunFolder) -> None:
     """It goes to its end, which is its best: there is nothing to say."""
-    config = settings(student_lr=0.1, early_stop_kimg=0.05, keep={"best": "fid"})
+    config = settings(student_lr=0.1, early_stop_kimg=0.05)
     state = run(folder, config, measure=improving_until(9999))
     assert state.images_seen == config.total_images
-    assert folder.log.all(EarlyStop) == folder.log.all(Best) == []
+    assert folder.log.all(EarlyStop) == []
 
 
 def test_early_stop_without_measurements_is_refused(folder: RunFolder) -> None:
@@ -313,7 +314,7 @@ def test_a_measurement_that_a_stop_left_out_is_made_up_for(folder: RunFolder) ->
     """Asked to stop where a measurement is due, it saves first; resumed, it measures once, and the
     checkpoint knows its score.
     """
-    config = settings(student_lr=0.1, keep={"best": "fid"})
+    config = settings(student_lr=0.1)
     asked = iter([False] * 4 + [True])
     measure = improving_until(50)
     with pytest.raises(Interrupted):
@@ -323,13 +324,13 @@ def test_a_measurement_that_a_stop_left_out_is_made_up_for(folder: RunFolder) ->
     checkpoint.restore_newest(state, folder, ALONE)
     run(folder, config, state=copy.copy(state), measure=measure)
     assert evaluated_at(folder) == list(range(50, 601, 50))
-    best = checkpoint.best(folder, config.keep)
+    best = checkpoint.best(folder, WatchedMetric("fid"))
     assert best is not None and int(best.stem) == 50
 
 
 def test_a_measurement_that_is_given_up_is_made_up_for(folder: RunFolder) -> None:
     """What was asked to stop while it measured is saved without a score; resumed, it measures."""
-    config = settings(student_lr=0.1, keep={"best": "fid"})
+    config = settings(student_lr=0.1)
     measure = improving_until(50)
 
     def cancelled(state: TrainState) -> dict[str, float]:

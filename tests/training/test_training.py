@@ -22,6 +22,7 @@ from core.run_log import Evaluation, Stats
 from objectives import diff_instruct
 from teachers import gaussian
 from training import checkpoint
+from training.checkpoint import WatchedMetric
 from training.state import OptimizerConfig, TrainState, optimizer_names, start, update_ema
 from training.trainer import Config, Diverged, Interrupted, Trainer
 
@@ -91,6 +92,7 @@ def run(
         world=ALONE,
         evaluate=measure,
         evaluate_every_kimg=measure_every_kimg,
+        watched=WatchedMetric("fid"),
         stop_requested=stop_requested,
     ).train()
 
@@ -447,7 +449,7 @@ def test_the_best_checkpoint_stays(folder: RunFolder) -> None:
         folder,
         rounds=5,
         checkpoint_every_kimg=0.012,
-        keep={"newest": 1, "best": "fid"},
+        keep={"newest": 1},
         measure=lambda state: {"fid": values[state.images_seen]},
         measure_every_kimg=0.012,
     )
