@@ -34,7 +34,7 @@ from core.cli import report_user_errors, set_up_logging
 from core.disk import atomic_write
 from core.distributed import World
 from core.errors import UserError
-from core.precision import allow_tf32
+from core.precision import Precision, allow_tf32, slowdown
 from core.run_folder import RunFolder
 from refinement import estimate
 from refinement import export as exporting
@@ -271,7 +271,19 @@ def _load(recipe: Recipe, world: World) -> Components:
     """Return the components of a recipe that is going to be trained."""
     if recipe.training.tensorboard:
         tensorboard.require_package()
+    if recipe.training.precision not in ("float32", "tf32") and world.is_main:
+        _warn_if_slow(recipe.training.precision, world)
     return load_components(recipe, world)
+
+
+def _warn_if_slow(precision: Precision, world: World) -> None:
+    """Log a warning if this device computes a precision slower than float32."""
+    if (ratio := slowdown(precision, world.device)) > 1:
+        _log.warning(
+            "training.precision=%s: convolutions take %.1f times as long as in float32 on this %s, "
+            "which has no arithmetic for it; float32 is faster here",
+            *(precision, ratio, "GPU" if world.device.type == "cuda" else "processor"),
+        )
 
 
 def _exclusive(folder: RunFolder, world: World) -> AbstractContextManager[None]:

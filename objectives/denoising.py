@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache, partial
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 
 class Config(Section):
     """Settings of the training of a denoiser."""
+
+    trains: ClassVar = "denoiser"
+    """Kind of the student."""
 
     name: Literal["denoising"] = "denoising"
     """Name of this objective."""

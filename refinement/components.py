@@ -190,13 +190,17 @@ def build_adapter(recipe: Recipe, student: Generator | Denoiser, teacher: nn.Mod
 
 
 def build_objective(recipe: Recipe, student: Generator | Denoiser) -> Objective:
-    """Return the objective; one that learns from images has read them, and they fit the student."""
+    """Return the objective; one that learns from images has read them, and they fit the student.
+
+    An objective may have `check_fit(student)`, which raises UserError.
+    """
     settings, images = recipe.objective, recipe.files.images
     build = plugins.load("objectives", settings.name).build
-    if images is None:
-        return build(settings)
-    objective = build(settings.model_copy(update={"images": str(images.path)}))
-    objective.check_fit(student)
+    if images is not None:
+        settings = settings.model_copy(update={"images": str(images.path)})
+    objective = build(settings)
+    if hasattr(objective, "check_fit"):
+        objective.check_fit(student)
     return objective
 
 

@@ -132,10 +132,15 @@ class Recipe(Section):
                     "teacher is missing: the diffusion model that the student learns from"
                 )
         elif self.teacher is not None:
-            raise ValueError("objective denoising learns from images: leave teacher out")
+            raise ValueError(
+                f"objective {self.objective.name} learns from images: leave teacher out"
+            )
         elif self.evaluation.reference == TEACHER or self.evaluation.teacher is not None:
-            raise ValueError("evaluation names a teacher, and objective denoising has none")
-        if self.mode == "gan" and self.objective.dropout.student:
+            raise ValueError(
+                f"evaluation names a teacher, and objective {self.objective.name} has none"
+            )
+        dropout = getattr(self.objective, "dropout", None)
+        if self.mode == "gan" and getattr(dropout, "student", False):
             raise ValueError("objective.dropout.student is for one_step_edm: a GAN drops nothing")
         return self
 
@@ -202,7 +207,7 @@ class Recipe(Section):
     @property
     def mode(self) -> Mode:
         """Return the purpose of the recipe."""
-        if self.objective.name == "denoising":
+        if self.student_folder == "teachers":
             return "teach"
         return "distill" if self.student.family == "one_step_edm" else "gan"
 
@@ -254,5 +259,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def student_folder(objective: object) -> str:
-    """Return the folder of the families that an objective trains."""
-    return "teachers" if objective == "denoising" else "generators"
+    """Return the folder of the families that an objective trains: that of generators, unless its
+    Config says `trains = "denoiser"`.
+    """
+    if not isinstance(objective, str) or objective not in plugins.names("objectives"):
+        return "generators"
+    trains = getattr(plugins.load("objectives", objective).Config, "trains", "generator")
+    return "teachers" if trains == "denoiser" else "generators"

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import generators
+import refine
 from cli_runs import Outcome, call, contents, tiny_recipe
 from core.distributed import World
 from core.run_folder import RunFolder
@@ -213,6 +214,18 @@ def test_a_dry_run_says_what_does_not_fit(finished: Finished, tmp_path: Path) ->
     outcome = call("--gan", finished.recipe, "--dry-run", "student.config.img_resolution=16")
     assert outcome.code == 2
     assert "the student makes images of 16x16" in outcome.stderr
+
+
+@pytest.mark.parametrize(("ratio", "says"), [(4.5, True), (0.6, False)])
+def test_a_precision_that_is_slower_here_is_said_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, says: bool
+) -> None:
+    """With the ratio that was measured; the run goes on."""
+    monkeypatch.setattr(refine, "slowdown", lambda *_: ratio)
+    settings = ("training.precision=bfloat16", "training.duration_kimg=0.008")
+    outcome = call("--gan", tiny_recipe(tmp_path), *settings, "--outdir", tmp_path / "runs")
+    assert outcome.code == 0
+    assert ("convolutions take 4.5 times as long as in float32" in outcome.stderr) == says
 
 
 def test_the_help_names_every_option_and_shows_examples() -> None:

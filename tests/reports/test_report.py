@@ -80,7 +80,9 @@ def test_a_run_that_made_the_student_worse_says_so_first() -> None:
     before, spread = MetricResult.of([13.0, 13.2]), MetricResult.of([13.0, 13.4])
     worse = replace(REPORT, before={"fid": before}, after={"fid": MetricResult.of([190.0, 192.0])})
     first = text.warnings(worse)[0]
-    assert first.startswith("FID rose from 13.1 ± 0.1 to 191 ± 1: ") and "keep the original" in first
+    assert (
+        first.startswith("FID rose from 13.1 ± 0.1 to 191 ± 1: ") and "keep the original" in first
+    )
     assert "a smaller training.student_lr" in first
     same = replace(REPORT, before={"fid": before}, after={"fid": spread})
     assert not any("keep the original" in warning for warning in text.warnings(same))
