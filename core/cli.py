@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -14,12 +15,22 @@ from core import distributed
 from core.distributed import World
 from core.errors import UserError
 
+_PROJECT = Path(__file__).resolve().parents[1]
+
 
 def set_up_logging(world: World) -> None:
-    """Log messages of rank 0 to stderr, without decoration."""
+    """Log messages of rank 0 to stderr, without decoration; of libraries, errors alone."""
     handler = logging.StreamHandler()
     handler.addFilter(distributed.main_only(world))
+    handler.addFilter(_is_ours_or_error)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+
+
+def _is_ours_or_error(record: logging.LogRecord) -> bool:
+    """Return whether a user needs a message: notes of libraries are for their developers."""
+    path = Path(record.pathname).resolve()
+    ours = path.is_relative_to(_PROJECT) and "site-packages" not in path.parts
+    return ours or record.levelno >= logging.ERROR
 
 
 def report_user_errors(*, stopped: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

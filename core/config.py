@@ -168,8 +168,10 @@ def _parse(text: str, *, source: str) -> object:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{source}{place}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: nested too deeply for a recipe") from error
 
 
 def _recipes_near(path: Path) -> str:

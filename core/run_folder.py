@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,8 +91,12 @@ class RunFolder:
 
         Raises UserError if the name is not allowed or the folder cannot be written.
         """
-        if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise UserError(f"run name {name!r}: expected letters, digits and _ . + - only")
+        name = unicodedata.normalize("NFC", name)
+        if not re.fullmatch(r"\w([^/\\\x00-\x1f]*[^/\\\x00-\x20])?", name):
+            raise UserError(
+                f"run name {name!r}: expected a letter or digit first, no slash and no space at "
+                "the end"
+            )
         with writing(outdir):
             outdir.mkdir(parents=True, exist_ok=True)
             folder = cls(_numbered(outdir, name))

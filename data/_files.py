@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 import zipfile
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from core import json_data
 from core.errors import UserError
 
 LABELS_FILE = "dataset.json"
@@ -141,12 +141,15 @@ def read_labels(files: Files, names: Sequence[str], path: Path) -> list[int] | N
     Raises UserError if an image has no label or two, or a label is no whole number.
     """
     try:
-        pairs = _metadata(files)["labels"]
+        metadata = _metadata(files)
+        if "labels" not in metadata:
+            raise ValueError('it has no "labels"')
+        pairs = metadata["labels"]
         label_of = None if pairs is None else _label_of_name(pairs)
-    except (*UNREADABLE, KeyError, TypeError) as error:
+    except (*UNREADABLE, TypeError) as error:
         raise UserError(
             f'{path}: {LABELS_FILE} must be {{"labels": [["name", 3], …]}} or '
-            f'{{"labels": null}}, but: {error!r}'
+            f'{{"labels": null}}, but: {error}'
         ) from error
     if label_of is None:
         return None
@@ -195,7 +198,7 @@ def _metadata(files: Files) -> dict:
         content = files.read(LABELS_FILE)
     except (KeyError, FileNotFoundError):  # no such file in a zip; in a folder
         return {"labels": None}
-    metadata = json.loads(content)
+    metadata = json_data.parsed(content)
     if not isinstance(metadata, dict):
         raise TypeError(f"a {type(metadata).__name__}")
     return metadata

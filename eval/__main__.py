@@ -326,5 +326,22 @@ def reference(
     )
 
 
+@main.command()
+@click.argument("extractors", nargs=-1, metavar="[EXTRACTOR]...")
+@report_user_errors(stopped="stopped; files that are whole are kept")
+def fetch(extractors: tuple[str, ...]) -> None:
+    """Download the weights of feature extractors, for a machine without a network.
+
+    Without a name, those of the usual metrics: inception and vgg16. Files go to the cache
+    (GAN_REFINE_CACHE, by default ~/.cache/gan-refine): copy that folder to the other machine.
+
+    \b
+    python -m eval fetch
+    python -m eval fetch inception dinov2-vit-b-14
+    """
+    for name in extractors or ("inception", "vgg16"):
+        click.echo(f"{name}: {features.fetch(name)}")
+
+
 if __name__ == "__main__":
     main()

@@ -98,6 +98,8 @@ class Evaluator:
     """Statistics of real images; None if no metric compares, or before they exist."""
     show: Show = silent
     """Shows the progress of an evaluation."""
+    image_shape: tuple[int, int, int] | None = None
+    """(C, H, W) of the images; None: no time is announced."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -142,6 +144,10 @@ class Evaluator:
         from_features = any(metrics()[name].needs != "student" for name in self.metrics)
         walks = _walks(self.requests) if student is not None else []
         values: dict[str, list[float]] = {}
+        if from_features and self.image_shape is not None:
+            features.announce(
+                self.extractor, sets * images, self.image_shape, ranks=self.world.size
+            )
         with self.show(sets * images * (from_features + len(walks))) as advance:
             for start in range(first_seed, first_seed + sets * images, images):
                 of_set: dict[str, float] = {}
@@ -309,6 +315,7 @@ def load(config: Config, *, image_shape: tuple[int, int, int], world: World) -> 
         distance=_distance(config, world) if _walks(requests) else None,
         world=world,
         show=progress.for_rank(world),
+        image_shape=image_shape,
     )
 
 

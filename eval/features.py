@@ -7,6 +7,7 @@
     NAME:FILE         any of these from a local file, here inception:WEIGHTS.pth
     mnist32           the digit classifier of the embedded default, 64 features
     NET.safetensors   any classifier of the family below
+    random-conv-v1    random convolutions, 528 features: any images of 16x16 or more, no download
     pixels            the pixels themselves, without a network, for tutorials and tests
 
 Distances of different extractors are not comparable, so every result stores the extractor's name
@@ -16,8 +17,11 @@ and hash. The published networks are in _published.py.
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,12 +31,19 @@ from torch import Tensor, nn
 from core.config import Section, validate
 from core.downloads import local_file, sha256_of
 from core.errors import UserError
-from eval import _published
+from eval import _published, _random_conv
 from pretrained import files
 
 INCEPTION_URL = _published.SOURCES["inception"].url
 _MNIST32 = Path(__file__).resolve().parents[1] / "assets" / "mnist32" / "features.safetensors"
 _MOST_PIXELS = 8192
+_ANNOUNCED_SECONDS = 60
+_SLOW_SECONDS_PER_IMAGE = 1.0
+"""Above what any extractor takes: fewer images than this tells are not timed."""
+_TIMED_IMAGES = 8
+_log = logging.getLogger(__name__)
+_EMBEDDED = ("mnist32", _random_conv.NAME, "pixels")
+"""Extractors that need no file of a user's and no download."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +70,31 @@ class Extractor:
         return self.function(images.to(self.device)).to(torch.float32)
 
 
+def announce(
+    extractor: Extractor, images: int, image_shape: tuple[int, int, int], *, ranks: int = 1
+) -> None:
+    """Log how long the features of so many images will take, by a few of them, if it is long."""
+    if images * _SLOW_SECONDS_PER_IMAGE < _ANNOUNCED_SECONDS:
+        return
+    some = torch.zeros(_TIMED_IMAGES, *image_shape, dtype=torch.uint8)
+    extractor(some).sum().item()  # warms up
+    started = time.perf_counter()
+    extractor(some).sum().item()
+    seconds = (time.perf_counter() - started) / len(some) * images / ranks
+    if seconds >= _ANNOUNCED_SECONDS:
+        _log.info(
+            "features of %s for %s images: about %s",
+            *(extractor.name, f"{images:,}", timedelta(seconds=round(seconds))),
+        )
+
+
 def load(name: str, device: torch.device | str = "cpu") -> Extractor:
     """Return the extractor of a name, or of a classifier's weights file."""
     device = torch.device(device)
     if name == "pixels":
         return _pixels(device)
+    if name == _random_conv.NAME:
+        return _random_convolutions(device)
     kind, _, file = name.partition(":")
     if kind in _published.SOURCES:
         return _published_extractor(_published.load(kind, file, device), device)
@@ -71,14 +102,14 @@ def load(name: str, device: torch.device | str = "cpu") -> Extractor:
         return _classifier(Path(name).name, classifier_path(name), device)
     raise UserError(
         f"no feature extractor {name!r}: expected {', '.join(_published.SOURCES)}, one of these "
-        "with its file as in inception:WEIGHTS.pth, mnist32, pixels, or the path of a classifier's "
-        ".safetensors file"
+        f"with its file as in inception:WEIGHTS.pth, {', '.join(_EMBEDDED)}, or the path of a "
+        "classifier's .safetensors file"
     )
 
 
 def weights_of(name: str) -> str | None:
     """Return path or URL of an extractor's weights; None for an embedded one."""
-    if name in ("mnist32", "pixels"):
+    if name in _EMBEDDED:
         return None
     kind, _, file = name.partition(":")
     if kind not in _published.SOURCES:
@@ -199,13 +230,40 @@ def _pixels(device: torch.device) -> Extractor:
         if flat.shape[1] > _MOST_PIXELS:
             raise UserError(
                 f"the extractor pixels compares at most {_MOST_PIXELS} values an image, "
-                f"these have {flat.shape[1]}: use inception"
+                f"these have {flat.shape[1]}: use inception, or "
+                f"{_random_conv.NAME}, which needs no download"
             )
         return flat
 
     return Extractor(
         "pixels", hashlib.sha256(b"pixels / 127.5 - 1").hexdigest(), None, device, function
     )
+
+
+def _random_convolutions(device: torch.device) -> Extractor:
+    network = _random_conv.RandomConvolutions(device)
+
+    def function(images: Tensor) -> Tensor:
+        channels, *size = images.shape[1:]
+        if channels not in (1, 3) or min(size) < _random_conv.SMALLEST:
+            raise UserError(
+                f"the extractor {_random_conv.NAME} takes images of 1 or 3 channels and 16x16 "
+                f"pixels or more, these are {tuple(images.shape[1:])}"
+            )
+        return network(_to_unit_range(images))
+
+    return Extractor(_random_conv.NAME, network.sha256, _random_conv.DIMENSIONS, device, function)
+
+
+def fetch(name: str) -> Path:
+    """Return the file of a published extractor's weights, downloaded once.
+
+    Raises UserError for another name, or if it cannot be downloaded.
+    """
+    if name not in _published.SOURCES:
+        raise UserError(f"{name} is no published extractor: {', '.join(_published.SOURCES)}")
+    source = _published.SOURCES[name]
+    return local_file(source.url, sha256=source.sha256)
 
 
 def _published_extractor(published: _published.FeatureNetwork, device: torch.device) -> Extractor:

@@ -33,7 +33,7 @@ from core.errors import UserError
 from data.images import Images
 from eval import _published_sets
 from eval.feature_stats import Collected, Collector, kept_indices, merged_over_ranks
-from eval.features import Extractor
+from eval.features import Extractor, announce
 from eval.metrics import registry
 from eval.metrics.frechet import frechet_distance
 from eval.progress import Show, silent
@@ -95,6 +95,11 @@ def reference_statistics(
     if path.suffix == ".npz":
         stored = read_npz(path, extractor)
         return replace(stored, features=None) if keep is None else stored
+    if path.suffix == ".npy":
+        raise UserError(
+            f"{path} holds one array: statistics are a .npz with mu [D] and sigma [D, D], as "
+            "numpy.savez(OUT, mu=…, sigma=…) writes them; images are a zip or a folder"
+        )
     if path.suffix == ".pkl":
         return _read_pkl(path, extractor, keep=keep)
 
@@ -165,6 +170,7 @@ def measure(
     number of ranks changes the statistics by rounding only.
     """
     _log.info("reading %d reference images of %s", len(images), images.path)
+    announce(extractor, len(images), images.image_shape, ranks=world.size)
     collected = _collect(
         images, extractor, keep=keep, batch_size=batch_size, world=world, show=show
     )

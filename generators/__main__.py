@@ -21,7 +21,7 @@ from generators import _onnx
 _path = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Take a student to other programs."""
 

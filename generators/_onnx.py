@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,6 +142,11 @@ def _largest_difference(fixed: _Fixed, path: Path) -> float:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's notes to its own developers out of the output."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

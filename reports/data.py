@@ -7,7 +7,6 @@ wording.py, pages in pages.py. A report measures nothing.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from core import json_data
 from core.errors import UserError
 from eval.metrics.registry import MetricResult, metrics
 from eval.nearest import Drift, Nearness
@@ -152,7 +152,7 @@ def _about(metric: str) -> dict[str, str]:
 def read(path: str | Path) -> Report:
     """Return the report of a report.json."""
     try:
-        document = json.loads(Path(path).read_text())
+        document = json_data.parsed(Path(path).read_text())
         version = document.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise UserError(

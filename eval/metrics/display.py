@@ -30,7 +30,8 @@ def shown(metric: str, result: MetricResult) -> str:
 def number(metric: str, value: float) -> str:
     """Return a displayed value, or difference of two values, of a metric."""
     value *= metrics()[metric].scale
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    digits = 1 if abs(value) >= 10 else 2
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before a zero
 
 
 def change(before: MetricResult, after: MetricResult) -> str:

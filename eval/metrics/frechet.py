@@ -21,7 +21,8 @@ def frechet_distance(first: Moments, second: Moments) -> float:
         raise ValueError(f"cannot compare {len(mean_1)} with {len(mean_2)} feature dimensions")
     overlap = _trace_of_root(covariance_1.numpy(), covariance_2.numpy())
     spread = covariance_1.trace() + covariance_2.trace() - 2 * overlap
-    return float((mean_1 - mean_2).square().sum() + spread)
+    distance = float((mean_1 - mean_2).square().sum() + spread)
+    return max(distance, 0.0)  # of a set against itself, rounding gives -1e-13
 
 
 def _trace_of_root(first: np.ndarray, second: np.ndarray) -> float:
