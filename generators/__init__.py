@@ -26,11 +26,14 @@ def load(source: str | Path) -> Generator:
     return cast(Generator, networks.load("generators", source, records=_RECORDS))
 
 
-def save_refined(original: str | Path, out: str | Path, student: nn.Module) -> tuple[str, ...]:
+def save_refined(
+    original: str | Path, out: str | Path, student: nn.Module, *, g_ema_only: bool = False
+) -> tuple[str, ...]:
     """Write a copy of the student's StyleGAN pickle with its refined weights; return its records.
 
-    G_ema and G (where present) carry them, all else is as in the original, so every tool that
-    opened that opens this. Raises core.errors.UserError if the original is no such pickle, of
-    another network, or cannot be copied (a TensorFlow pickle).
+    G_ema and, unless g_ema_only, G (where present) carry them, all else is as in the original, so
+    every tool that opened that opens this. Raises core.errors.UserError if the original is no such
+    pickle, of another network, or cannot be copied (a TensorFlow pickle).
     """
-    return networks.save_refined(Path(original), Path(out), student, records=_RECORDS)
+    records = _RECORDS[:1] if g_ema_only else _RECORDS
+    return networks.save_refined(Path(original), Path(out), student, records=records)

@@ -91,8 +91,13 @@ def _save_refined_pickle(run: Run, student: Generator | Denoiser, path: Path) ->
     if file is None or not files.is_pickle(file.path):
         return
     try:
-        written = generators.save_refined(file.path, path, student)
+        written = generators.save_refined(
+            file.path, path, student, g_ema_only=run.recipe.training.refined_pickle == "G_ema"
+        )
     except UserError as error:
         _log.warning("no %s: %s", path.name, error)
         return
-    _log.info("%s: %s refined, all else as it was", path, " and ".join(written))
+    _log.info(
+        "%s: %s refined (averaged weights; a D beside them is the old one), all else as it was",
+        *(path, " and ".join(written)),
+    )

@@ -24,6 +24,7 @@ CHANGEABLE = (
     "training.keep",
     "training.watch",
     "training.export",
+    "training.refined_pickle",
     "training.early_stop_kimg",
     "training.divergence",
     "training.tensorboard",

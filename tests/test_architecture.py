@@ -42,6 +42,8 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     "generators.one_step_edm": {"core", "pretrained", "teachers"},
     "objectives.denoising": {"core", "data"},
+    "generators.__main__": {"core", "eval", "pretrained"},
+    "generators._images": {"core", "eval", "pretrained"},
     "eval.__main__": {"core", "data", "generators", "pretrained", "teachers"},
 }
 COMMANDS = {"refine", "assets", "benchmarks", "tests"}

@@ -71,6 +71,10 @@ class Config(Section):
     """
     export: Literal["best", "last"] = "best"
     """The refined weights: those that were best by the watched metric, or the last ones."""
+    refined_pickle: Literal["G_ema and G", "G_ema"] = "G_ema and G"
+    """Networks of the user's pickle that get the refined weights, which are averaged ones. G_ema:
+    G stays as it is, for whoever resumes the GAN's own training with it and its D.
+    """
     early_stop_kimg: float | None = Field(default=None, gt=0)
     """The run ends once the watched metric has not improved for
     so many thousand images. null: it goes to its end.

@@ -324,6 +324,18 @@ def test_what_is_neither_weights_nor_images_is_refused(tmp_path: Path, real: Pat
     assert "none of the published teachers" in _refused("fid", "edm-cifar11", *options)
 
 
+def test_a_set_against_itself_is_zero(real: Path) -> None:
+    """Neither -0.00 nor -4.5e-13."""
+    outcome = _call("fid", real, "--reference", real, "--extractor", "pixels").stdout
+    assert " 0.00" in outcome and "-0.00" not in outcome
+
+
+def test_an_npy_is_answered_with_what_statistics_are(tmp_path: Path, student: Path) -> None:
+    np.save(tmp_path / "mu.npy", np.zeros(3))
+    refused = _refused("fid", student, "--reference", tmp_path / "mu.npy", "--extractor", "pixels")
+    assert "statistics are a .npz with mu [D] and sigma [D, D]" in refused
+
+
 def test_options_that_do_nothing_are_refused(student: Path, real: Path) -> None:
     """Seeds of files, the sampler of a student, a definition that there is not."""
     options = ("--reference", real, "--extractor", "pixels")

@@ -140,6 +140,13 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
         read_yaml(tmp_path / "nowhere" / "zzz.yaml")
 
 
+def test_yaml_that_is_nested_too_deeply_is_said(tmp_path: Path) -> None:
+    """In plain words, not those of the interpreter."""
+    (tmp_path / "deep.yaml").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.yaml: nested too deeply for a recipe"):
+        read_yaml(tmp_path / "deep.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,12 +58,19 @@ def test_many_callers_at_once_get_numbers_of_their_own(tmp_path: Path) -> None:
     assert all("-run-" in name for name in folders)
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "two words"])
-def test_a_run_name_is_one_plain_word(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a\\b", "end ", "two\nlines"])
+def test_a_run_name_leaves_no_folder(tmp_path: Path, name: str) -> None:
     """A name that would leave the folder or hide it is refused before anything is made."""
     with pytest.raises(UserError, match="run name"):
         RunFolder.create(tmp_path / "runs", name)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["two words", "Gesichter für Öl", "u\u0308ben", "mine (2)", "x"])
+def test_a_run_is_named_as_an_outdir_may_be(tmp_path: Path, name: str) -> None:
+    """Spaces and accents, however the system writes them."""
+    folder = RunFolder.create(tmp_path, name)
+    assert folder.path.name == "00000-" + unicodedata.normalize("NFC", name)
 
 
 def test_an_outdir_that_is_a_file_is_a_sentence(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from core.errors import UserError
 from core.run_log import (
-    Best,
     Divergence,
     EarlyStop,
     Evaluation,
@@ -28,7 +27,6 @@ ROWS = (
     Session(images_seen=128, started_at="a", finished_at="b", seconds={"x": 1.5}, images=64),
     Divergence(images_seen=128, why="inf"),
     EarlyStop(images_seen=128, metric="fid", value=1.0, at_images_seen=64),
-    Best(images_seen=128, metric="fid", value=1.0, at_images_seen=64, checkpoint="64.pt"),
 )
 
 

@@ -18,7 +18,9 @@ from core.downloads import sha256_of
 from core.errors import UserError
 from eval import _dinov2, _published, features
 from eval._dinov2 import DINOv2
+from eval.feature_stats import FeatureStatistics
 from eval.features import Classifier, Config, save_classifier
+from eval.metrics.frechet import frechet_distance
 
 SMALL = Config(image_channels=3, resolution=8, width=4, num_classes=5, feature_dim=6)
 
@@ -33,6 +35,69 @@ def test_pixels_are_the_image_in_unit_range() -> None:
     images = _images(3, (1, 4, 4))
     found = features.load("pixels")(images)
     torch.testing.assert_close(found, images.flatten(1).float() / 127.5 - 1)
+
+
+def test_random_convolutions_are_the_same_everywhere() -> None:
+    """Version 1: its weights and the features of an image are fixed; grey is three equal colors."""
+    extractor = features.load("random-conv-v1")
+    assert extractor.sha256 == "a9d293a398b7612fb0b7741de876dad302c13b29cc384f700efaf47580220cfd"
+    image = (torch.arange(3 * 20 * 24).reshape(1, 3, 20, 24) * 7 % 256).to(torch.uint8)
+    found = extractor(image)
+    assert found.shape == (1, 528)
+    expected = [-0.10144, 0.00418, 0.27198, 0.326, 0.53433, 0.56164, 0.18298, 0.08777, 0.0292]
+    places = [0, 47, 48, 63, 64, 79, 287, 288, 400]
+    torch.testing.assert_close(found[0, places], torch.tensor(expected), atol=2e-5, rtol=0)
+    grey = _images(2, (1, 16, 16))
+    assert torch.equal(extractor(grey), extractor(grey.expand(-1, 3, -1, -1)))
+
+
+@pytest.mark.parametrize("kind", ["noise", "blur", "modes"])
+def test_random_convolutions_rank_damage(kind: str) -> None:
+    """More noise, more blur, fewer kinds of images: each a larger distance than less of it."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(1200, 3, 6, 6, generator=generator)
+    kinds = torch.arange(1200) % 4
+    coarse[:, :, :, :3] += kinds.view(-1, 1, 1, 1).float()
+    images = torch.nn.functional.interpolate(coarse, size=24, mode="bilinear").mul(40).add(90)
+
+    def damaged(amount: int) -> torch.Tensor:
+        clean, kept = images[600:], kinds[600:]
+        if kind == "noise":
+            return clean + 12 * amount * torch.randn(clean.shape, generator=generator)
+        if kind == "blur":
+            size = 1 + 4 * amount
+            return torch.nn.functional.avg_pool2d(clean, size, 1, size // 2)
+        return clean[kept >= amount]
+
+    extractor = features.load("random-conv-v1")
+
+    def statistics(batch: torch.Tensor) -> FeatureStatistics:
+        return FeatureStatistics.of(extractor(batch.clamp(0, 255).to(torch.uint8)))
+
+    real = statistics(images[:600])
+    distances = [frechet_distance(statistics(damaged(amount)), real) for amount in range(3)]
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_a_small_image_is_refused_by_random_convolutions() -> None:
+    with pytest.raises(UserError, match="16x16 pixels or more"):
+        features.load("random-conv-v1")(_images(1, (3, 8, 32)))
+
+
+def test_a_long_measurement_is_announced(caplog, monkeypatch) -> None:
+    """By the time of a few images; what takes seconds is not."""
+    extractor = features.load("pixels")
+    with caplog.at_level("INFO"):
+        features.announce(extractor, 30, (1, 8, 8))
+        assert not caplog.text
+        monkeypatch.setattr(features, "_ANNOUNCED_SECONDS", 0)
+        features.announce(extractor, 10_000, (1, 8, 8))
+    assert "features of pixels for 10,000 images: about 0:00:" in caplog.text
+
+
+def test_only_published_weights_are_fetched() -> None:
+    with pytest.raises(UserError, match="mnist32 is no published extractor: inception, vgg16"):
+        features.fetch("mnist32")
 
 
 def test_a_saved_classifier_extracts_its_penultimate_layer(tmp_path: Path) -> None:

@@ -414,6 +414,19 @@ def test_a_refined_student_goes_back_into_its_pickle(snapshot, tmp_path):
     assert_equal(state(out, "D"), state(snapshot, "D"))
 
 
+def test_g_keeps_its_weights_where_that_is_asked(snapshot, tmp_path):
+    """Whoever resumes the GAN's own training needs the G that its D knows."""
+    student, out = generators.load(snapshot), tmp_path / "refined.pkl"
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01)
+    assert generators.save_refined(snapshot, out, student, g_ema_only=True) == ("G_ema",)
+    assert_equal(state(out, "G"), state(snapshot, "G"))
+    assert not torch.equal(
+        state(out, "G_ema")["synthesis.b4.const"], state(snapshot, "G_ema")["synthesis.b4.const"]
+    )
+
+
 def test_a_student_that_did_not_learn_gives_the_same_file(snapshot, tmp_path):
     """Loading and writing back changes no byte."""
     out = tmp_path / "same.pkl"
