@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, and disk errors as a sentence with a remedy."""
 
-from __future__ import annotations
+from __future__ import json
 
 import errno
 import os
@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from core.errors import UserError
 
@@ -80,3 +81,11 @@ def _raise_disk_error(error: Exception, path: Path) -> None:
     if path.parent.is_dir() and not path.is_dir():
         with path.open("ab") as file:
             file.write(bytes(1 << 20))
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Return the data of a JSON text. Raises ValueError if it is none, or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

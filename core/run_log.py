@@ -22,8 +22,7 @@ from typing import BinaryIO, ClassVar, Literal, TypeVar
 
 from pydantic import TypeAdapter
 
-from core import json_data
-from core.disk import atomic_write, flush, writing
+from core.disk import atomic_write, flush, parsed_json, writing
 from core.errors import UserError
 
 When = Literal["before", "training", "after"]
@@ -178,7 +177,7 @@ class RunLog:
 
     def _row(self, line: str, number: int) -> Row:
         try:
-            document = json_data.parsed(line)
+            document = parsed_json(line)
             images_seen = document.pop("images_seen")
             ((kind, fields),) = document.items()
             return _adapter(_KINDS[kind]).validate_python({"images_seen": images_seen, **fields})

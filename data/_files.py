@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from core import json_data
+from core.disk import parsed_json
 from core.errors import UserError
 
 LABELS_FILE = "dataset.json"
@@ -198,7 +198,7 @@ def _metadata(files: Files) -> dict:
         content = files.read(LABELS_FILE)
     except (KeyError, FileNotFoundError):  # no such file in a zip; in a folder
         return {"labels": None}
-    metadata = json_data.parsed(content)
+    metadata = parsed_json(content)
     if not isinstance(metadata, dict):
         raise TypeError(f"a {type(metadata).__name__}")
     return metadata

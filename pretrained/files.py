@@ -16,8 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from core import json_data
-from core.disk import atomic_write
+from core.disk import atomic_write, parsed_json
 from core.errors import UserError
 from pretrained import nvidia_pickle
 from pretrained.nvidia_pickle import NetworkRecord
@@ -121,7 +120,7 @@ def _json(value: Mapping[str, object]) -> str:
 def _in_order(content: bytes) -> bytes:
     """Return a safetensors file with sorted metadata: the library's order is random."""
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json_data.parsed(content[8:end])
+    header = parsed_json(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
@@ -165,9 +164,9 @@ def _read_saved(path: Path) -> SavedNetwork:
             f"{metadata.get('format', 'none')}. Give a file that this version saved, or a pickle."
         )
     try:
-        network = json_data.parsed(metadata["network"])
+        network = parsed_json(metadata["network"])
         family, config = network["family"], dict(network["config"])
-        provenance = dict(json_data.parsed(metadata.get("provenance", "{}")))
+        provenance = dict(parsed_json(metadata.get("provenance", "{}")))
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} says that its format is {_FORMAT}, but its metadata names no family and "

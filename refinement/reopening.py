@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from core import distributed, json_data
-from core.disk import atomic_write
+from core import distributed
+from core.disk import atomic_write, parsed_json
 from core.distributed import World
 from core.errors import UserError
 from core.file import File
@@ -78,7 +78,7 @@ def _difference(recipe: Recipe, folder: RunFolder) -> str | None:
 
     # compare contents; a file may have moved
     try:
-        began = json_data.parsed(folder.inputs.read_text(encoding="utf-8"))
+        began = parsed_json(folder.inputs.read_text(encoding="utf-8"))
         for role, about in now.items():
             if role in began and began[role]["sha256"] != about["sha256"]:
                 return (

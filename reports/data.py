@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from core import json_data
+from core.disk import parsed_json
 from core.errors import UserError
 from eval.metrics.registry import MetricResult, metrics
 from eval.nearest import Drift, Nearness
@@ -152,7 +152,7 @@ def _about(metric: str) -> dict[str, str]:
 def read(path: str | Path) -> Report:
     """Return the report of a report.json."""
     try:
-        document = json_data.parsed(Path(path).read_text())
+        document = parsed_json(Path(path).read_text())
         version = document.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise UserError(

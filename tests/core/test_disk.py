@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core import json_data
+from core.disk import parsed_json
 from core.errors import UserError
 from data.images import Images
 from reports import data
@@ -16,9 +16,9 @@ DEEP = "[" * 100_000
 
 
 def test_deep_nesting_is_a_value_error() -> None:
-    assert json_data.parsed('{"a": [1]}') == {"a": [1]}
+    assert parsed_json('{"a": [1]}') == {"a": [1]}
     with pytest.raises(ValueError, match="nested too deeply"):
-        json_data.parsed(DEEP)
+        parsed_json(DEEP)
 
 
 def test_files_that_are_nested_too_deeply_are_named(tmp_path: Path) -> None:
