@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, and disk errors as a sentence with a remedy."""
+"""Files that appear whole or not at all, disk errors as a sentence with a remedy, and JSON read."""
 
-from __future__ import json
+from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
