@@ -28,7 +28,7 @@ _SONG_DEFAULTS = {
     "num_blocks": 4,
     "attn_resolutions": (16,),
 }
-_SONG_ONLY = set(
+SONG_ONLY = set(
     ("embedding_type", "channel_mult_noise", "encoder_type", "decoder_type", "resample_filter")
 )
 _PRECONDITIONING_DEFAULTS: dict[object, dict[str, object]] = {
@@ -39,7 +39,7 @@ _NOT_THE_NETWORK = {
     *("preconditioning", "model_type", "sigma_min", "sigma_max", "sigma_data"),
     *("beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "M"),
 }
-_OWN_ARGUMENTS = {
+OWN_ARGUMENTS = {
     "EDM": ("sigma_min", "sigma_max", "sigma_data"),
     "VP": ("beta_d", "beta_min", "M", "epsilon_t"),
     "VE": ("sigma_min", "sigma_max"),
@@ -128,15 +128,15 @@ class Config(Section):
     def _check_pairs(self) -> Config:
         fields = type(self).model_fields
         if self.model_type == "DhariwalUNet":
-            foreign = sorted(n for n in _SONG_ONLY if getattr(self, n) != fields[n].default)
+            foreign = sorted(n for n in SONG_ONLY if getattr(self, n) != fields[n].default)
             if foreign:
                 raise ValueError(
                     f"{', '.join(foreign)}: only for SongUNet; remove or change model_type"
                 )
 
         # arguments of another preconditioning
-        own = set(_OWN_ARGUMENTS[self.preconditioning])
-        others = sorted(set().union(*_OWN_ARGUMENTS.values()) - own)
+        own = set(OWN_ARGUMENTS[self.preconditioning])
+        others = sorted(set().union(*OWN_ARGUMENTS.values()) - own)
         if foreign := [n for n in others if getattr(self, n) != fields[n].default]:
             raise ValueError(
                 f"{', '.join(foreign)}: not for preconditioning {self.preconditioning}; remove, or "
@@ -323,7 +323,7 @@ def build(config: Config) -> EDMDenoiser:
     """
     out_channels = config.img_channels * (2 if config.preconditioning == "iDDPM" else 1)
     is_song = config.model_type == "SongUNet"
-    excluded = _NOT_THE_NETWORK if is_song else _NOT_THE_NETWORK | _SONG_ONLY
+    excluded = _NOT_THE_NETWORK if is_song else _NOT_THE_NETWORK | SONG_ONLY
     shape = config.model_dump(exclude=excluded)
     try:
         network = (SongUNet if is_song else DhariwalUNet)(out_channels=out_channels, **shape)
@@ -341,9 +341,9 @@ def from_record(record: NetworkRecord) -> Config | None:
     Raises UserError if the class is EDM's but its arguments are not.
     """
     preconditioning = record.class_name.removesuffix("Precond")
-    if record.class_name == preconditioning or preconditioning not in _OWN_ARGUMENTS:
+    if record.class_name == preconditioning or preconditioning not in OWN_ARGUMENTS:
         return None
-    own = _OWN_ARGUMENTS[preconditioning]
+    own = OWN_ARGUMENTS[preconditioning]
     arguments = record.named_arguments(*_COMMON_ARGUMENTS, *own, "model_type")
     arguments = {**arguments, "preconditioning": preconditioning}
     kept = {name: value for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS}
