@@ -9,7 +9,7 @@ from eval.metrics.display import ARROWS, metric_title
 from eval.metrics.registry import metrics
 from eval.samples import Neighbors, Pairs
 from reports._warnings import warnings
-from reports.compare import COLUMNS, Comparison, Run, lines, title
+from reports.compare import COLUMNS, Comparison, Run, lines, pictures, title
 from reports.data import Report
 from reports.figures import CurveDrawing, Series, curve_drawing, data_address
 from reports.text import columns, facts, levels, remarks, rows, sets, shown_points, verdict
@@ -50,9 +50,24 @@ def comparison_view(compared: Comparison) -> View:
         "after_column": COLUMNS.index("after"),
         "groups": groups,
         "arrows": ARROWS,
+        "pictures": _pictures(compared),
         "curves": _curves(compared),
         "settings": compared.settings,
         "facts": compared.facts,
+    }
+
+
+def _pictures(compared: Comparison) -> View | None:
+    """Return the pictures of the same seeds, a row for each student and each run."""
+    seeds, rows = pictures(compared)
+    if not rows:
+        return None
+    return {
+        "seeds": seeds,
+        "rows": [
+            {"name": row.name, "images": [data_address(image) for image in row.images]}
+            for row in rows
+        ],
     }
 
 

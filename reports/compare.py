@@ -16,13 +16,19 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from core.errors import UserError
 from eval.metrics.display import arrow, change, number, shown, unit
 from eval.metrics.registry import MetricResult, metrics
 from reports.data import Report
+from reports.figures import strip_tiles
 from reports.text import facts
 
 COLUMNS = ("before", "after", "change", "teacher")
+STRIP = "pairs.png"
+"""File of a report with its pairs, before above after, without any margin."""
+_MOST_PICTURES = 10
 _NOWHERE = "-"
 """Stands for a key that a run's recipe has not."""
 
@@ -36,6 +42,8 @@ class Run:
     report: Report
     link: str | None
     """Address of its own page, relative to the comparison; None without one."""
+    strip: Path
+    """Its picture of pairs, which may be missing."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def compare(reports: Sequence[Report], paths: Sequence[Path], *, beside: Path) -
     """
     names = _names(paths)
     runs = tuple(
-        Run(name, report, _link(path, beside=beside))
+        Run(name, report, _link(path, beside=beside), path.with_name(STRIP))
         for name, report, path in zip(names, reports, paths, strict=True)
     )
     recipes = [dict(_flat(run.report.recipe)) for run in runs]
@@ -93,6 +101,45 @@ def compare(reports: Sequence[Report], paths: Sequence[Path], *, beside: Path) -
         _differing(recipes, skip={"name"}),
         _differing([facts(run.report) for run in runs], skip={"student", "seeds"}),
     )
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """Images of the same seeds: of a student before any run, or of one run after it."""
+
+    name: str
+    images: Tensor
+    """[N, 3, H, W] uint8."""
+
+
+def pictures(compared: Comparison) -> tuple[tuple[int, ...], list[PictureRow]]:
+    """Return seeds that all runs have pictures of, ten at most, and a row of images each.
+
+    Each student comes once before the first run that began from it. Runs without pictures are
+    left out; without two runs that have some there is nothing to compare.
+    """
+    tiles = {
+        run.name: strip_tiles(run.strip, len(run.report.pair_seeds))
+        for run in compared.runs
+        if run.report.pair_seeds
+    }
+    shown = [run for run in compared.runs if tiles.get(run.name) is not None]
+    if len(shown) < 2:
+        return (), []
+    common = set.intersection(*(set(run.report.pair_seeds) for run in shown))
+    seeds = tuple(seed for seed in shown[0].report.pair_seeds if seed in common)[:_MOST_PICTURES]
+
+    # a row for each student, then for its run
+    rows: dict[str, PictureRow] = {}
+    for run in shown:
+        before, after = tiles[run.name] or (None, None)
+        assert before is not None and after is not None
+        places = [run.report.pair_seeds.index(seed) for seed in seeds]
+        student = run.report.student
+        began = f"before: {Path(student.path).name}"
+        rows.setdefault(student.sha256 or began, PictureRow(began, before[places]))
+        rows[run.name] = PictureRow(run.name, after[places])
+    return seeds, list(rows.values()) if seeds else []
 
 
 def title(metric: str) -> str:

@@ -11,13 +11,16 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from eval.samples import Pairs
 from reports.data import CurvePoint
@@ -83,6 +86,37 @@ def grid_picture(images: Tensor, *, columns: int) -> bytes:
     content = io.BytesIO()
     Image.fromarray(sheet).save(content, format="PNG")
     return content.getvalue()
+
+
+def strip_picture(before: Tensor, after: Tensor) -> bytes:
+    """Return a PNG of two rows of images, before above after, each shrunk to 256 pixels at most.
+
+    images: uint8 [N, C, H, W]. A comparison of runs cuts its pictures out of it (`strip_tiles`).
+    """
+    images = torch.cat([before, after])
+    height, width = images.shape[2:]
+    if max(height, width) > _LARGEST:
+        scale = _LARGEST / max(height, width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        images = interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+    return grid_picture(images, columns=len(before))
+
+
+def strip_tiles(path: Path, columns: int) -> tuple[Tensor, Tensor] | None:
+    """Return the images before and after, uint8 [N, 3, H, W], of a `strip_picture` in a file.
+
+    None if there is no such file, or it is not one of so many columns.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            sheet = torch.from_numpy(np.array(picture.convert("RGB")))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    height, width = sheet.shape[:2]
+    if height % 2 or width % columns:
+        return None
+    tiles = sheet.view(2, height // 2, columns, width // columns, 3).permute(0, 2, 4, 1, 3)
+    return tiles[0], tiles[1]
 
 
 def _columns(pairs: Pairs, tile_width: int) -> int:

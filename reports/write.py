@@ -16,9 +16,9 @@ from eval.metrics.registry import metrics
 from eval.samples import Neighbors, Pairs
 from reports import _views
 from reports._warnings import warnings
-from reports.compare import Comparison
+from reports.compare import STRIP, Comparison
 from reports.data import Report, to_json
-from reports.figures import curve_picture, pairs_picture
+from reports.figures import curve_picture, pairs_picture, strip_picture
 from reports.text import columns, facts, headline, remarks, rows, sets
 
 
@@ -36,6 +36,7 @@ def write(
     folder = Path(folder)
     if pairs is not None:
         _write(folder / "report.png", pairs_picture(pairs))
+        _write(folder / STRIP, strip_picture(pairs.before, pairs.after))
     has_curve = len(report.curve.points) > 1
     if has_curve:
         _write(folder / "curve.png", _curve_png(report))

@@ -58,6 +58,7 @@ def test_a_run_leaves_its_files_and_no_others(finished: Finished) -> None:
     expected = [
         *("checkpoints/000000000064.pt", "checkpoints/000000000080.pt"),
         *(".lock", "inputs.json", "stats.jsonl", "recipe.yaml", "report/curve.png"),
+        "report/pairs.png",
         *(f"report/report.{kind}" for kind in ("html", "json", "md", "png")),
         *(f"samples/{images:012d}.png" for images in (0, 32, 64, 80)),
         *("student.safetensors", "teacher-samples.npz"),

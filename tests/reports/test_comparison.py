@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from core.errors import UserError
 from eval.metrics.registry import MetricResult
-from reports import compare, write
+from eval.samples import Pairs
+from reports import compare, data, write
 from reports.__main__ import main
 from reports.compare import Comparison
 from reports.data import (
@@ -195,3 +197,51 @@ def test_samples_of_different_teachers_are_different_references() -> None:
     same, other = first, replace(first, recipe={"teacher": {"config": {"seed": 7}}})
     assert not any("references" in warning for warning in _compared(first, same).warnings)
     assert any("different references" in warning for warning in _compared(first, other).warnings)
+
+
+# Pictures
+
+
+def _with_pictures(folder: Path, seeds: Sequence[Sequence[int]]) -> tuple[list[Path], list[Pairs]]:
+    """Write runs with reports and pictures of these seeds; return their paths and pictures."""
+    paths, all_pairs = [], []
+    for number, own in enumerate(seeds):
+        generator = torch.Generator().manual_seed(number)
+        before, after = torch.randint(
+            0, 256, (2, len(own), 3, 8, 8), dtype=torch.uint8, generator=generator
+        )
+        pairs = Pairs(tuple(own), before, after, None)
+        report = replace(REPORT, pair_seeds=tuple(own))
+        path = folder / f"0000{number}-run" / "report"
+        path.mkdir(parents=True)
+        write.write(path, report, pairs)
+        paths.append(path / "report.json")
+        all_pairs.append(pairs)
+    return paths, all_pairs
+
+
+def test_runs_are_shown_by_images_of_the_same_seeds(tmp_path: Path) -> None:
+    """The common seeds; the student once, then each run after, pixel for pixel."""
+    paths, pairs = _with_pictures(tmp_path, [(5, 7, 9), (9, 1, 5)])
+    reports = [data.read(path) for path in paths]
+    compared = compare.compare(reports, paths, beside=tmp_path / "c.html")
+    seeds, rows = compare.pictures(compared)
+    assert seeds == (5, 9)
+    assert [row.name for row in rows] == ["before: student.safetensors", "00000-run", "00001-run"]
+    assert torch.equal(rows[0].images, pairs[0].before[[0, 2]])
+    assert torch.equal(rows[1].images, pairs[0].after[[0, 2]])
+    assert torch.equal(rows[2].images, pairs[1].after[[2, 0]])
+    write.write_comparison(tmp_path / "c.html", compared)
+    page = (tmp_path / "c.html").read_text()
+    assert "Images of the same seeds" in page and page.count("data:image/png") == 6
+
+
+def test_runs_without_pictures_are_compared_all_the_same(tmp_path: Path) -> None:
+    """A missing or a damaged picture leaves the section out."""
+    paths, _ = _with_pictures(tmp_path, [(5, 7), (5, 7)])
+    paths[0].with_name(compare.STRIP).write_bytes(b"no picture")
+    reports = [data.read(path) for path in paths]
+    compared = compare.compare(reports, paths, beside=tmp_path / "c.html")
+    assert compare.pictures(compared) == ((), [])
+    write.write_comparison(tmp_path / "c.html", compared)
+    assert "Images of the same seeds" not in (tmp_path / "c.html").read_text()
