@@ -62,6 +62,8 @@ _STUDENTS = {
     "teach": "a diffusion model that learns from images",
 }
 SCHEMA = ROOT / "configs" / "recipe.schema.json"
+_WITHOUT_EFFECT = {"teach": ("teacher", "training.score_lr")}
+"""Mode -> settings that it has no use of: --dry-run leaves them out."""
 _log = logging.getLogger("refine")
 
 
@@ -394,7 +396,8 @@ def _print_plan(recipe: Recipe) -> None:
         "extractor": None if recipe.evaluation.reference is None else recipe.files.extractor,
     }
     lines = [f"# {name}: {file.status}" for name, file in files.items() if file is not None]
-    click.echo("\n".join([config.to_yaml(recipe), "# would be loaded:", *lines]))
+    resolved = config.to_yaml(recipe, without=_WITHOUT_EFFECT.get(recipe.mode, ()))
+    click.echo("\n".join([resolved, "# would be loaded:", *lines]))
     with _environment(recipe) as world:
         for line in estimate.preview(recipe, world):
             if world.is_main:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 import textwrap
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -123,9 +123,12 @@ def validate(model_class: type[Model], recipe: Mapping[str, object], *, source: 
         raise ConfigError(source, error_lines(model_class, failure)) from None
 
 
-def to_yaml(instance: BaseModel) -> str:
-    """Return the instance as commented YAML that reads back to an equal instance."""
-    return "\n".join(_section_lines(instance)) + "\n"
+def to_yaml(instance: BaseModel, *, without: Collection[str] = ()) -> str:
+    """Return the instance as commented YAML that reads back to an equal instance.
+
+    without: key paths to leave out where they have their default, such as training.score_lr.
+    """
+    return "\n".join(_section_lines(instance, without)) + "\n"
 
 
 def schema(model_class: type[BaseModel]) -> dict[str, object]:
@@ -226,18 +229,22 @@ _PLAIN = re.compile(r"[\w/.][\w/.+-]*")
 _WIDTH = 100
 
 
-def _section_lines(section: BaseModel) -> Iterator[str]:
+def _section_lines(section: BaseModel, without: Collection[str] = ()) -> Iterator[str]:
     """Yield the fields in order, each below its docstring as a comment."""
     for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name in without and value == field.default:
+            continue
+        below = {key.removeprefix(f"{name}.") for key in without if key.startswith(f"{name}.")}
         if field.description:
             text = " ".join(field.description.split())
             yield from textwrap.wrap(text, _WIDTH - 20, initial_indent="# ", subsequent_indent="# ")
-        yield from _entry_lines(name, getattr(section, name))
+        yield from _entry_lines(name, value, below)
 
 
-def _entry_lines(key: str, value: object) -> Iterator[str]:
+def _entry_lines(key: str, value: object, without: Collection[str] = ()) -> Iterator[str]:
     """Yield `key: value` on one line, or the key and the lines below it, indented."""
-    below = _block_lines(value)
+    below = _block_lines(value, without)
     if below:
         yield f"{_scalar(key)}:"
         yield from (f"  {line}" for line in below)
@@ -245,10 +252,10 @@ def _entry_lines(key: str, value: object) -> Iterator[str]:
         yield f"{_scalar(key)}: {_inline(value)}"
 
 
-def _block_lines(value: object) -> list[str]:
+def _block_lines(value: object, without: Collection[str] = ()) -> list[str]:
     """Return the lines of a section or of a list that holds one; none if it fits on one line."""
     if isinstance(value, BaseModel):
-        return list(_section_lines(value))
+        return list(_section_lines(value, without))
     if isinstance(value, Mapping):
         return [line for key, item in value.items() for line in _entry_lines(str(key), item)]
     if not isinstance(value, list | tuple) or not any(map(_block_lines, value)):

@@ -289,6 +289,15 @@ def test_labels_that_are_not_learned_are_said(tmp_path: Path, caplog) -> None:
     assert "its labels, of 3 classes, are ignored" in caplog.text
 
 
+def test_a_dry_run_shows_what_applies_with_its_types(recipe: Path) -> None:
+    """No score network learns; numbers are numbers."""
+    shown = call("--teach", recipe, "--dry-run").stdout
+    assert "score_lr" not in shown and "teacher:" not in shown
+    assert "img_resolution: 8\n" in shown and "channel_mult: [1, 2]\n" in shown
+    kept = call("--teach", recipe, "--dry-run", "training.score_lr=0.5").stdout
+    assert "score_lr: 0.5" in kept
+
+
 def test_a_stopped_run_goes_on_to_the_same_bytes(recipe: Path, tmp_path: Path) -> None:
     """Order of images, augmentation and dropout are functions: a resumed run ends the same."""
     call("--teach", recipe, "--outdir", tmp_path / "whole")

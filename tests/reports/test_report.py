@@ -206,7 +206,14 @@ def test_pictures_are_written_beside_the_text(tmp_path: Path) -> None:
     """A report with pairs and a curve has both pictures, and nothing half-written beside."""
     path = write.write(tmp_path / "report", REPORT, _pairs(4, (0, 1, 0, 1)))
     names = {file.name for file in path.parent.iterdir()}
-    assert names == {"report.json", "report.md", "report.html", "report.png", "curve.png"}
+    assert names == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "report.png",
+        "curve.png",
+        "pairs.png",
+    }
     assert path.name == "report.html"
     assert "(curve.png)" in (path.parent / "report.md").read_text()
 
