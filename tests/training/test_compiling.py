@@ -187,10 +187,19 @@ def test_dropout_is_the_same_in_score_and_teacher() -> None:
             torch.testing.assert_close(dropped(networks.teacher), expected)
 
 
-def test_generators_and_teachers_are_compiled_whole() -> None:
+def test_generators_and_teachers_are_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round of Diff-Instruct on StyleGAN2 and EDM has no break in a graph, and the stats and
     steps of networks that are not compiled.
+
+    The graphs run as PyTorch: their kernels would take a minute to compile, and are compiled by
+    `python -m benchmarks.gpu`.
     """
+    compile_network = torch.compile
+    monkeypatch.setattr(
+        compilation.torch,
+        "compile",
+        lambda network, **_: compile_network(network, dynamic=False, backend="aot_eager"),
+    )
     torch.manual_seed(0)
     student = stylegan2.build(
         stylegan2.Config(z_dim=8, w_dim=8, c_dim=0, img_resolution=8, img_channels=1, channel_max=8)
