@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Section
-from core.distributed import unwrap
 from core.randomness import Draws
-from core.roles import Denoiser, Generator, LossOutput, Networks, Phase
+from core.roles import LossOutput, Networks, Phase
 from objectives._dropout import dropping
 from objectives._noise import LogNormal, SigmaLaw, add_noise, column, denoising_loss, edm_weight
+from objectives._student import make, score_loss
 
 Weighting = Literal["sigma_squared", "edm", "uniform", "dmd"]
 
@@ -82,9 +82,13 @@ class DiffInstruct:
     """The two phases of Diff-Instruct, score first; or, on a shared batch, both at once."""
 
     def __init__(self, config: Config) -> None:
-        score, student, both = (
-            partial(loss, config=config) for loss in (score_loss, student_loss, shared_loss)
+        score = partial(
+            score_loss,
+            sigma=config.score_sigma or config.sigma,
+            sigma_data=config.sigma_data,
+            dropout=config.dropout.score,
         )
+        student, both = (partial(loss, config=config) for loss in (student_loss, shared_loss))
         begin, steps = round(config.head_start_kimg * 1000), config.score_steps
         if not config.shared_batch:
             self.phases = (
@@ -102,39 +106,6 @@ class DiffInstruct:
 def build(config: Config) -> DiffInstruct:
     """Return the objective with these settings."""
     return DiffInstruct(config)
-
-
-class Made(NamedTuple):
-    """The student's images, as the teacher sees them."""
-
-    images: Tensor
-    """[N, C, H, W]"""
-    labels: Tensor | None
-    """[N] int64 for the teacher and the score network, or None if they are unconditional."""
-
-
-def make(networks: Networks, draws: Draws, *, dropout: bool = False) -> Made:
-    """Return the student's images of drawn latents and labels."""
-    student = cast(Generator, unwrap(networks.student))
-    latents = draws.normal("latents", student.latent_shape)
-    labels = draws.integers("labels", student.num_classes) if student.num_classes else None
-    with dropping(networks.student, draws.with_scope(f"{draws.scope}/make"), wanted=dropout):
-        images = networks.student(latents, labels)
-    is_conditional = cast(Denoiser, unwrap(networks.score)).num_classes > 0
-    return Made(networks.adapter(images), labels if is_conditional else None)
-
-
-def score_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
-    """Return EDM's denoising loss of the score network on the student's images (EDM, Eq. 2 and
-    Table 1), [N].
-    """
-    with torch.no_grad():
-        images, labels = make(networks, draws)
-    sigma = (config.score_sigma or config.sigma).draw(draws, "sigma")
-    noisy = add_noise(images, sigma, draws, "noise")
-    with dropping(networks.score, draws, wanted=config.dropout.score):
-        denoised = networks.score(noisy, sigma, labels)
-    return denoising_loss(denoised, images, sigma, sigma_data=config.sigma_data)
 
 
 def student_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:

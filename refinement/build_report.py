@@ -19,6 +19,7 @@ from core.run_log import (
     Stats,
     of_kind,
 )
+from data.images import Images
 from eval import edm_sampler, provenance, reference, samples
 from eval.evaluator import size
 from eval.feature_stats import kept_indices
@@ -73,7 +74,7 @@ def report_of(run: Run, exported: int) -> data.Report:
         nearness=logged_comparison(run.folder, Nearness, exported),
         teacher_sees=_teacher_sees(components),
         pair_seeds=tuple(pair_seeds(run)),
-        notes=(*_setup_notes(components), *notes(every, at)),
+        notes=(*_setup_notes(recipe, components), *notes(every, at)),
         recipe=recipe.model_dump(mode="json"),
     )
 
@@ -160,8 +161,15 @@ def _teacher_sees(components: Components) -> str | None:
     )
 
 
-def _setup_notes(components: Components) -> Iterator[str]:
-    """Yield remarks on student and teacher that a reader of the report needs."""
+def _setup_notes(recipe: Recipe, components: Components) -> Iterator[str]:
+    """Yield remarks on student, teacher and images that a reader of the report needs."""
+    images = recipe.files.images
+    if images is not None and recipe.teacher is not None:
+        known = Images(images.path)
+        yield (
+            f"Real images were used in training: {known.description}, of {images} "
+            f"(sha256 {known.sha256[:12]})."
+        )
     teacher, classes = components.teacher, components.student.num_classes
     if classes and isinstance(teacher, Denoiser) and not teacher.num_classes:
         yield (

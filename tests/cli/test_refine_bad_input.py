@@ -68,7 +68,7 @@ SETTINGS = {
     "unknown optimizer": (["training.optimizer.name=Adamm"], ["'Adamm'", "Adam"]),
     "weights and config": (["student.weights=net.pkl"], ["student", "either weights"]),
     "neither": (["teacher.config="], ["teacher", "either weights"]),
-    "a name that is no folder": (["name=a/b"], ["'a/b'", "letters, digits"]),
+    "a name that is no folder": (["name=a/b"], ["'a/b'", "a letter or digit first"]),
     "no such device": (["device=tpu"], ["'tpu'", "cpu"]),
     "no such kernels": (["kernels=cuda"], ["kernels", "native", "reference"]),
     "a key through a number": (

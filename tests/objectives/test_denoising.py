@@ -19,7 +19,7 @@ from core.errors import UserError
 from core.randomness import Draws
 from core.roles import Networks
 from core.run_folder import RunFolder
-from objectives import _augment, denoising
+from objectives import _augment, _real_images, denoising
 from objectives._dropout import dropping
 from objectives._noise import LogNormal, edm_weight
 from refinement.recipe import read_recipe
@@ -72,7 +72,7 @@ class Recording(nn.Module):
 
 def test_every_image_comes_once_an_epoch() -> None:
     """25 samples of 10 images: two whole epochs in different orders, and half of a third."""
-    found = denoising.shuffled(draws(25), 10)
+    found = _real_images.shuffled(draws(25), 10)
     assert sorted(found[:10].tolist()) == sorted(found[10:20].tolist()) == list(range(10))
     assert not torch.equal(found[:10], found[10:20])
     assert len(found[20:].unique()) == 5
@@ -80,10 +80,10 @@ def test_every_image_comes_once_an_epoch() -> None:
 
 def test_the_order_does_not_depend_on_the_batch() -> None:
     """Parts of a batch, on other ranks or rounds, get the rows that the whole would get."""
-    whole = denoising.shuffled(draws(24), 10)
-    assert torch.equal(denoising.shuffled(draws(8, first=16), 10), whole[16:])
-    assert torch.equal(denoising.shuffled(draws(16, images_seen=8), 10), whole[8:])
-    assert not torch.equal(denoising.shuffled(draws(24, seed=1), 10), whole)
+    whole = _real_images.shuffled(draws(24), 10)
+    assert torch.equal(_real_images.shuffled(draws(8, first=16), 10), whole[16:])
+    assert torch.equal(_real_images.shuffled(draws(16, images_seen=8), 10), whole[8:])
+    assert not torch.equal(_real_images.shuffled(draws(24, seed=1), 10), whole)
 
 
 # The loss
@@ -113,7 +113,7 @@ def test_labels_reach_a_denoiser_with_classes_alone(tmp_path: Path) -> None:
     phase.loss(Networks(with_classes), draws(7))
     phase.loss(Networks(without), draws(7))
     assert with_classes.given["labels"].tolist() == [
-        index % 3 for index in denoising.shuffled(draws(7), 12).tolist()
+        index % 3 for index in _real_images.shuffled(draws(7), 12).tolist()
     ]
     assert without.given["labels"] is None
 

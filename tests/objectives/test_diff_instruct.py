@@ -18,14 +18,27 @@ from core.distributed import World
 from core.randomness import Draws
 from core.roles import LossOutput, Networks
 from core.run_folder import RunFolder
+from gaussians import (
+    PIXELS,
+    SHAPE,
+    STUDENT_MEAN,
+    STUDENT_STD,
+    TEACHER_MEAN,
+    TEACHER_STD,
+    AffineDenoiser,
+    AffineStudent,
+    DiagonalStudent,
+    batch,
+    denoiser,
+    exact_networks,
+)
 from objectives._noise import LogNormal, add_noise, column, edm_weight
+from objectives._student import make, score_loss
 from objectives.diff_instruct import (
     Config,
     Weighting,
     build,
     ikl_gradient,
-    make,
-    score_loss,
     shared_loss,
     student_loss,
 )
@@ -34,84 +47,12 @@ from tiny_networks import songunet_config
 from training import state as training_state
 from training import trainer
 
-CPU = torch.device("cpu")
-SHAPE = (1, 2, 2)
-PIXELS = 4
-STUDENT_MEAN = torch.tensor([0.5, -0.3, 0.0, 1.0])
-STUDENT_STD = torch.tensor([0.4, 0.8, 0.2, 0.5])
-TEACHER_MEAN = torch.tensor([-0.2, 0.1, 0.3, 0.9])
-TEACHER_STD = torch.tensor([0.6, 0.5, 0.3, 0.5])
 WEIGHTS = {
     "sigma_squared": lambda sigma: sigma.square(),
     "edm": lambda sigma: sigma.square() * (sigma.square() + 0.25) / (0.5 * sigma).square(),
     "uniform": torch.ones_like,
 }
 """w(sigma) on the difference of scores, at sigma_data 0.5."""
-
-
-class DiagonalStudent(nn.Module):
-    """x = mean + std z, pixel by pixel."""
-
-    latent_shape, image_shape, num_classes = (PIXELS,), SHAPE, 0
-
-    def __init__(self, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
-        self.mean, self.std = nn.Parameter(mean.clone()), nn.Parameter(std.clone())
-
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        return (self.mean + self.std * latents).view(-1, *SHAPE)
-
-
-class AffineStudent(nn.Module):
-    """x = mean + A z: a Gaussian of any covariance."""
-
-    latent_shape, image_shape, num_classes = (PIXELS,), SHAPE, 0
-
-    def __init__(self, mean: Tensor, factor: Tensor) -> None:
-        super().__init__()
-        self.mean, self.factor = nn.Parameter(mean.clone()), nn.Parameter(factor.clone())
-
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        return (self.mean + latents @ self.factor.t()).view(-1, *SHAPE)
-
-
-class AffineDenoiser(nn.Module):
-    """D(y) = m + C (C + sigma^2)^-1 (y - m), exact for N(m, C = F F^T) of any covariance."""
-
-    image_shape, num_classes, sigma_min, sigma_max = SHAPE, 0, 0.002, 80.0
-
-    def __init__(self, mean: Tensor, factor: Tensor) -> None:
-        super().__init__()
-        self.mean, self.factor = nn.Parameter(mean.clone()), nn.Parameter(factor.clone())
-
-    def forward(self, noisy: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
-        covariance = self.factor @ self.factor.t()
-        noised = covariance + sigma.square()[:, None, None] * torch.eye(PIXELS)  # [N, 4, 4]
-        offset = (noisy.flatten(1) - self.mean)[:, :, None]
-        return (self.mean + (covariance @ torch.linalg.solve(noised, offset))[..., 0]).view_as(
-            noisy
-        )
-
-
-def denoiser(mean: Tensor, std: Tensor) -> gaussian.GaussianMixture:
-    """Return the exact denoiser of N(mean, diag std^2)."""
-    config = gaussian.Config(
-        image_shape=SHAPE, means=(tuple(mean.tolist()),), std=(tuple(std.tolist()),)
-    )
-    return gaussian.build(config)
-
-
-def exact_networks() -> Networks:
-    """Return a Gaussian student, its exact denoiser as score, and another Gaussian's teacher."""
-    return Networks(
-        DiagonalStudent(STUDENT_MEAN, STUDENT_STD),
-        denoiser(STUDENT_MEAN, STUDENT_STD),
-        denoiser(TEACHER_MEAN, TEACHER_STD),
-    )
-
-
-def batch(count: int, *, seed: int = 0) -> Draws:
-    return Draws(seed, images_seen=0, first=0, count=count, device=CPU)
 
 
 class Draw(NamedTuple):
@@ -244,7 +185,7 @@ def test_exact_denoiser_has_the_loss_of_the_closed_form() -> None:
     networks = Networks(
         DiagonalStudent(STUDENT_MEAN, std), denoiser(STUDENT_MEAN, std), nn.Identity()
     )
-    loss = score_loss(networks, batch(40_000), config=Config()).per_image / PIXELS
+    loss = score_loss(networks, batch(40_000), sigma=LogNormal()).per_image / PIXELS
     assert (loss.mean() - 1).abs() < 5 * loss.std() / len(loss) ** 0.5
 
 
@@ -253,12 +194,12 @@ def test_exact_denoiser_has_the_loss_of_the_closed_form() -> None:
 def test_score_loss_is_least_at_the_exact_denoiser(name: str, step: float) -> None:
     """On the same draws, moving any of its parameters either way makes the loss larger."""
     networks, samples = exact_networks(), batch(20_000)
-    least = score_loss(networks, samples, config=Config()).per_image.mean()
+    least = score_loss(networks, samples, sigma=LogNormal()).per_image.mean()
     for pixel in range(PIXELS):
         moved = copy.deepcopy(networks)
         with torch.no_grad():
             getattr(moved.score, name)[0, pixel] += step
-        assert score_loss(moved, samples, config=Config()).per_image.mean() > least
+        assert score_loss(moved, samples, sigma=LogNormal()).per_image.mean() > least
 
 
 def test_edm_weight_is_the_one_of_table_1() -> None:

@@ -19,7 +19,7 @@ from core.randomness import Draws
 from core.roles import LossOutput, Networks, Phase
 from core.run_folder import RunFolder
 from core.run_log import Evaluation, Stats
-from objectives import diff_instruct
+from objectives import _student, diff_instruct
 from teachers import gaussian
 from training import checkpoint
 from training.checkpoint import WatchedMetric
@@ -106,7 +106,7 @@ class Alone:
     @property
     def phases(self) -> tuple[Phase, ...]:
         def loss(networks: Networks, draws: Draws) -> LossOutput:
-            return LossOutput(self.loss(diff_instruct.make(networks, draws).images), {})
+            return LossOutput(self.loss(_student.make(networks, draws).images), {})
 
         return (Phase("only", ("student",), loss),)
 
