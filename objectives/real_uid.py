@@ -10,7 +10,7 @@ through both, minimizes
 at y = x + sigma n.
 Where the student's images are the real ones, F = T is the score phase's minimum, whatever alpha and
 beta are. alpha = beta = 1 has no real images and is SiD with alpha = 0.5 (twice its loss); alpha =
-beta < 1 gives them no effect. The published results are with flow-matching targets; denoisers are
+beta < 1 was published as no better than that. The published results are with flow-matching targets; denoisers are
 this project's translation.
 """
 

@@ -238,7 +238,8 @@ def test_a_shared_batch_gives_each_network_the_gradient_of_its_own_loss() -> Non
 
     student, score, teacher = gradients(shared_loss)
     torch.testing.assert_close(student, gradients(student_loss)[0])
-    torch.testing.assert_close(score, gradients(score_loss)[1])
+    of_score = gradients(lambda *given, config: score_loss(*given, sigma=config.sigma))
+    torch.testing.assert_close(score, of_score[1])
     assert set(teacher) == {None}
 
 
@@ -301,7 +302,7 @@ def test_every_network_is_given_the_labels() -> None:
     samples = batch(4000)
     # At this noise no network could see the class in the image.
     settings = Config(sigma=LogNormal(mean=4, std=0), score_sigma=LogNormal(mean=4, std=0))
-    loss = score_loss(networks, samples, config=settings).per_image / PIXELS
+    loss = score_loss(networks, samples, sigma=settings.sigma).per_image / PIXELS
     assert (loss.mean() - 1).abs() < 5 * loss.std() / len(loss) ** 0.5
     blind = partial(teacher.forward, labels=None)
     assert not student_loss(networks, samples, config=settings).per_image.any()
