@@ -10,8 +10,8 @@ through both, minimizes
 at y = x + sigma n.
 Where the student's images are the real ones, F = T is the score phase's minimum, whatever alpha and
 beta are. alpha = beta = 1 has no real images and is SiD with alpha = 0.5 (twice its loss); alpha =
-beta < 1 was published as no better than that. The published results are with flow-matching targets; denoisers are
-this project's translation.
+beta < 1 was published as no better than that. The published results are with flow-matching targets;
+denoisers are this project's translation.
 """
 
 from __future__ import annotations

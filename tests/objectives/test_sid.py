@@ -63,8 +63,8 @@ def test_alpha_one_half_is_the_gradient_of_the_distance_of_scores() -> None:
 
 
 def test_alpha_one_freezes_the_density_of_the_noisy_images() -> None:
-    """SIM's theorem: half the gradient of E |T - F|^2 where F moves with the student and the samples y
-    are those of the student as it was.
+    """SIM's theorem: half the gradient of E |T - F|^2 where F moves with the student and the
+    samples y are those of the student as it was.
     """
     config = sid.Config(alpha=1.0, normalizer="none", sigma=FIXED)
     found = _gradients(exact_networks(), config)
