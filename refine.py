@@ -42,7 +42,7 @@ from refinement.components import Components, load_components
 from refinement.job_restart import begun_run, note_job
 from refinement.pipeline import finish, train
 from refinement.recipe import Recipe, read_recipe
-from refinement.reopening import check_changes, check_inputs
+from refinement.reopening import check_changes, check_inputs, with_paths
 from refinement.run import Run, log_session, open_run
 from refinement.runs_table import table as listed_runs
 from refinement.signals import ending_at_once, leave, run_as_process
@@ -304,7 +304,8 @@ def _recipe_in(run: Path, overrides: Sequence[str]) -> Recipe:
     Raises UserError if there is no such run, or for another setting.
     """
     check_changes(overrides)
-    return read_recipe(RunFolder.open_existing(run).recipe, overrides)
+    folder = RunFolder.open_existing(run)
+    return with_paths(read_recipe(folder.recipe, overrides), folder)
 
 
 def _recipe_of(mode: str, arguments: Sequence[str]) -> Recipe:

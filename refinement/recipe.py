@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 import teachers
 from core import config, plugins
@@ -124,6 +124,18 @@ class Recipe(Section):
     kernels: backend.KernelPolicy = "auto"
     """Custom operations: auto, native or reference."""
 
+    _began_with: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def begun_with(self, paths: Mapping[str, str]) -> Recipe:
+        """Return the recipe with the absolute paths that its files had when the run began.
+
+        paths: name of a file as the recipe has it -> path.
+        """
+        recipe = self.model_copy()
+        vars(recipe).pop("files", None)  # found anew
+        recipe._began_with = dict(paths)
+        return recipe
+
     @model_validator(mode="after")
     def _learns_from_someone(self) -> Recipe:
         if self.mode != "teach":
@@ -182,14 +194,22 @@ class Recipe(Section):
         evaluation, images = self.evaluation, getattr(self.objective, "images", None)
         reference = None if evaluation.reference == TEACHER else evaluation.reference
         samples = None if evaluation.teacher == SAMPLE else evaluation.teacher
-        return RecipeFiles(
-            student=self.student.file(),
-            teacher=self.teacher and self.teacher.file(),
-            images=_file(images),
-            reference=_file(reference),
-            teacher_samples=_file(samples),
-            extractor=_file(features.weights_of(evaluation.extractor)),
-        )
+        named = {
+            "student": self.student.file(),
+            "teacher": self.teacher and self.teacher.file(),
+            "images": _file(images),
+            "reference": _file(reference),
+            "teacher_samples": _file(samples),
+            "extractor": _file(features.weights_of(evaluation.extractor)),
+        }
+        return RecipeFiles(**{role: self._found(file) for role, file in named.items()})
+
+    def _found(self, file: File | None) -> File | None:
+        """Return a file, at the place where the run began if it is not where it is looked for."""
+        if file is None or file.is_here or file.shown not in self._began_with:
+            return file
+        began = replace(file, location=self._began_with[file.shown])
+        return began if began.is_here else file
 
     @property
     def watched_metric(self) -> WatchedMetric:

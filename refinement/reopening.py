@@ -51,6 +51,12 @@ def check_changes(overrides: Sequence[str]) -> None:
         )
 
 
+def with_paths(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Return a run's recipe, whose files are also found where they were when it began."""
+    began = _began_with(folder) if folder.inputs.exists() else {}
+    return recipe.begun_with({about["name"]: about["path"] for about in began.values()})
+
+
 def check_inputs(recipe: Recipe, folder: RunFolder, world: World) -> None:
     """Note the run's input files with their SHA-256 when it begins; compare them later.
 
@@ -77,21 +83,31 @@ def _difference(recipe: Recipe, folder: RunFolder) -> str | None:
         return None
 
     # compare contents; a file may have moved
-    try:
-        began = parsed_json(folder.inputs.read_text(encoding="utf-8"))
-        for role, about in now.items():
-            if role in began and began[role]["sha256"] != about["sha256"]:
-                return (
-                    f"the run began with another {role}: {began[role]['path']} of SHA-256 "
-                    f"{began[role]['sha256'][:12]}…, and {about['path']} has "
-                    f"{about['sha256'][:12]}…: bring that file back, or begin a new run"
-                )
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        return f"{folder.inputs} is damaged ({error!r}): bring it back from a copy, or delete it"
+    began = _began_with(folder)
+    for role, about in now.items():
+        if role in began and began[role]["sha256"] != about["sha256"]:
+            return (
+                f"the run began with another {role}: {began[role]['path']} of SHA-256 "
+                f"{began[role]['sha256'][:12]}…, and {about['path']} has "
+                f"{about['sha256'][:12]}…: bring that file back, or begin a new run"
+            )
     return None
 
 
+def _began_with(folder: RunFolder) -> dict[str, dict[str, str]]:
+    """Return what a run notes of its input files. Raises UserError if the note is damaged."""
+    try:
+        noted = parsed_json(folder.inputs.read_text(encoding="utf-8"))
+        keys = ("name", "path", "sha256")
+        return {role: {key: str(about[key]) for key in keys} for role, about in noted.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+        raise UserError(
+            f"{folder.inputs} is damaged ({error!r}): bring it back from a copy, or delete it"
+        ) from error
+
+
 def _about(file: File) -> dict[str, str]:
-    """Return absolute path and SHA-256 of a file; of a folder, that of its images."""
+    """Return name, absolute path and SHA-256 of a file; of a folder, that of its images."""
     path = Path(file.path).absolute()
-    return {"path": str(path), "sha256": file.sha256 or Images(path).sha256}
+    sha256 = file.sha256 or Images(path).sha256
+    return {"name": file.shown, "path": str(path), "sha256": sha256}

@@ -8,8 +8,8 @@ from reports.data import Report
 
 _FEW_IMAGES = 10_000
 """Fewer make a Fréchet distance that is compared with nothing else."""
-_SMALL_FALL = 0.02
-"""A relative fall of a metric that is no sign of lost modes, whatever the spread over seeds."""
+_SMALL_CHANGE = 0.02
+"""A relative change that shows nothing, whatever the spread over seeds."""
 
 
 def warnings(report: Report) -> list[str]:
@@ -42,7 +42,8 @@ def _worse_warning(report: Report) -> list[str]:
         return []
     about, before, after = metrics()[name], report.before[name], report.after[name]
     is_worse = about.is_better(before.mean, than=after.mean)
-    if not is_worse or abs(after.mean - before.mean) <= before.std + after.std:
+    noise = max(before.std + after.std, _SMALL_CHANGE * before.mean)
+    if not is_worse or abs(after.mean - before.mean) <= noise:
         return []
     went = "rose" if after.mean > before.mean else "fell"
     return [
@@ -109,7 +110,7 @@ def _mode_loss_warning(report: Report) -> list[str]:
     lines = []
     for name in report.metrics:
         before, after = report.before[name], report.after[name]
-        noise = max(before.std + after.std, _SMALL_FALL * before.mean)
+        noise = max(before.std + after.std, _SMALL_CHANGE * before.mean)
         fell = before.mean - after.mean > noise
         if metrics()[name].shows_mode_loss and name != headline and fell:
             lines.append(

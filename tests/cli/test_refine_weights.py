@@ -123,3 +123,14 @@ def test_another_file_under_the_old_name_is_refused(
     # the same file at another place is the same
     shutil.copy(second / "mine.safetensors", other / "mine.safetensors")
     assert call(option, folder.path).code == 0
+
+    # and where there is none of that name, it is found where the run began
+    (other / "mine.safetensors").unlink()
+    assert call(option, folder.path).code == 0
+    shutil.move(second / "mine.safetensors", second / "away")
+    missing = call(option, folder.path)
+    assert missing.code == 2 and "There is no mine.safetensors" in missing.stderr
+
+    # a note that is damaged is named
+    folder.inputs.write_text("[1]")
+    assert "inputs.json is damaged" in call(option, folder.path).stderr
