@@ -13,6 +13,8 @@ so the one weight tensor serves the whole batch in one convolution.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping as MappingOf
 from math import log2
 from typing import Literal
 
@@ -22,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from core.config import Section, validate
+from core.errors import UserError
 from core.roles import Generator
 from custom_ops.bias_act import ACTIVATIONS, bias_act
 from custom_ops.conv2d import conv2d
@@ -39,6 +42,7 @@ from generators._layers import (
     published_arguments,
 )
 from pretrained.nvidia_pickle import NetworkRecord
+from pretrained.torch_checkpoint import STATE_DICT
 
 NoiseMode = Literal["const", "random", "none"]
 
@@ -95,13 +99,55 @@ def from_record(record: NetworkRecord) -> Config | None:
     Generators of StyleGAN2 and StyleGAN3 share class name and arguments; only StyleGAN2's starts
     from a learned constant. Raises UserError if an argument is none of StyleGAN2's.
     """
-    if record.class_name != "Generator" or "synthesis.b4.const" not in record.tensors:
+    if "synthesis.b4.const" not in record.tensors:
+        return None
+    if record.class_name == STATE_DICT:
+        return _from_shapes(record.tensors)
+    if record.class_name != "Generator":
         return None
     arguments = record.named_arguments("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels")
     mapping = published_arguments(arguments.pop("mapping_kwargs", None))
     synthesis = published_arguments(arguments.pop("synthesis_kwargs", None))
     settings = {**published_arguments(arguments), **synthesis, "mapping": mapping}
     return validate(Config, settings, source=f"its {record.class_name}")
+
+
+def _from_shapes(tensors: MappingOf[str, Tensor]) -> Config:
+    """Return the Config of a state dict, from the shapes in it.
+
+    What no shape tells has its default: no clamp, taps of 1, 3, 3, 1, leaky ReLU. Raises UserError
+    if the widths of the blocks follow from no channel_base and channel_max.
+    """
+    blocks = {int(n.split(".")[1][1:]) for n in tensors if n.startswith("synthesis.b")}
+    widths = {b: tensors[f"synthesis.b{b}.conv1.weight"].shape[0] for b in blocks}
+    most, resolution = max(widths.values()), max(blocks)
+    narrower = [b * width for b, width in widths.items() if width < most]
+    layers = [n for n in tensors if re.fullmatch(r"mapping\.fc\d+\.weight", n)]
+    embed = tensors.get("mapping.embed.weight")
+    w_dim = tensors[f"mapping.fc{len(layers) - 1}.weight"].shape[0]
+    embedded = 0 if embed is None else embed.shape[0]
+    settings = {
+        "z_dim": tensors["mapping.fc0.weight"].shape[1] - embedded,
+        "c_dim": 0 if embed is None else embed.shape[1],
+        "w_dim": w_dim,
+        "img_resolution": resolution,
+        "img_channels": tensors[f"synthesis.b{resolution}.torgb.weight"].shape[0],
+        "mapping": {"num_layers": len(layers)},
+        "channel_base": max(narrower, default=most * resolution),
+        "channel_max": most,
+        "architecture": _architecture(tensors, resolution),
+        "use_noise": "synthesis.b4.conv1.noise_const" in tensors,
+    }
+    config = validate(Config, settings, source="its state dict")
+    if wrong := [b for b, width in widths.items() if config.channels(b) != width]:
+        raise UserError(f"its block b{wrong[0]} has {widths[wrong[0]]} channels: no StyleGAN2's")
+    return config
+
+
+def _architecture(tensors: MappingOf[str, Tensor], resolution: int) -> str:
+    if f"synthesis.b{resolution}.skip.weight" in tensors:
+        return "resnet"
+    return "skip" if resolution == 4 or "synthesis.b4.torgb.weight" in tensors else "orig"
 
 
 class StyleGAN2(Generator):

@@ -1,4 +1,5 @@
-"""Read and write network files: ours (safetensors) and the pickles that NVIDIA publishes.
+"""Read and write network files: ours (safetensors), the pickles that NVIDIA publishes, and the
+checkpoints of torch.save (torch_checkpoint.py).
 
 The format is detected from a file's content, never from its name. Our format is a safetensors file
 whose metadata has "format" (gan-refinement-toolkit/1), "network" (JSON: family, config) and,
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from core.disk import atomic_write, parsed_json
 from core.errors import UserError
-from pretrained import nvidia_pickle
+from pretrained import nvidia_pickle, torch_checkpoint
 from pretrained.nvidia_pickle import NetworkRecord
 
 _FORMAT = "gan-refinement-toolkit/1"
@@ -72,15 +73,25 @@ def read(path: str | Path) -> SavedNetwork | PublishedPickle:
         return _read_saved(path)
     if _is_pickle(start):
         return _read_pickle(path)
+    if is_torch_checkpoint(path):
+        return PublishedPickle(path, torch_checkpoint.read(path))
     raise UserError(f"{path} {_problem(start, path.stat().st_size)}")
 
 
 def is_pickle(path: str | Path) -> bool:
-    """Return whether a file starts like a published pickle, the input of `networks.save_refined`.
+    """Return whether a file starts like a published pickle; UserError if it is unreadable."""
+    return _is_pickle(_start(Path(path)))
+
+
+def is_torch_checkpoint(path: str | Path) -> bool:
+    """Return whether a file is of torch.save, in its zip archive or its format before that.
 
     Raises UserError if it cannot be read.
     """
-    return _is_pickle(_start(Path(path)))
+    start = _start(Path(path))
+    if start.startswith(_TORCH_SAVE):
+        return True
+    return start.startswith(b"PK\x03\x04") and b"/data.pkl" in start
 
 
 def _read_pickle(path: Path) -> PublishedPickle:
@@ -185,13 +196,11 @@ def _problem(start: bytes, size: int) -> str:
         return "is a web page, not weights: its link led to a page. Download the file itself."
     if text.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the weights. Run `git lfs pull` where it comes from."
-    if start.startswith((b"PK\x03\x04", _TORCH_SAVE)):
-        kind = "a zip archive, such as torch.save writes" if start[:1] == b"P" else "a torch.save"
-        return (
-            f"is {kind}: expected our safetensors or a StyleGAN or EDM pickle. "
-            "Save its tensors with pretrained.files.save, naming family and config."
-        )
+    if start.startswith(b"PK\x03\x04"):
+        return "is a zip archive, and no checkpoint of torch.save: images in a zip are no weights."
 
     if size < 16:
         return f"is truncated: it has {size} bytes. Get it again."
-    return "is no network file: expected our safetensors or a StyleGAN or EDM pickle."
+    return (
+        "is no network file: expected our safetensors, a StyleGAN or EDM pickle, or a torch.save."
+    )

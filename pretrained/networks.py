@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core import config, plugins
 from core.downloads import local_file
 from core.errors import UserError
-from pretrained import files, patch_pickle
+from pretrained import files, patch_pickle, torch_checkpoint
 from pretrained.files import PublishedPickle, SavedNetwork
 from pretrained.nvidia_pickle import NetworkRecord
 
@@ -98,11 +98,12 @@ def save(path: Path, network: nn.Module, *, provenance: Mapping[str, object] | N
 def save_refined(
     original: Path, out: Path, network: nn.Module, *, records: Sequence[str]
 ) -> tuple[str, ...]:
-    """Write a copy of a published pickle with a network of ours; return the replaced records.
+    """Write a copy of a published pickle, or of a checkpoint of torch.save, with a network of ours;
+    return the replaced records.
 
     Each of `records` in the pickle gets the network's tensors, everything else is unchanged
-    (`patch_pickle.write_refined`). Raises UserError if the pickle has none of them or a network of
-    other tensors, or if the copy cannot be written.
+    (`patch_pickle.write_refined`, `torch_checkpoint.write_refined`). Raises UserError if the file
+    has none of them or a network of other tensors, or if the copy cannot be written.
     """
     file = files.read(original)
     if isinstance(file, SavedNetwork):
@@ -115,7 +116,8 @@ def save_refined(
     for name in replaced:
         if lost := next((key for key in file.record(name).tensors if key not in tensors), None):
             raise UserError(f"{original}: its {name} has {lost}, which the refined network has not")
-    patch_pickle.write_refined(original, out, dict.fromkeys(replaced, tensors))
+    write = torch_checkpoint if files.is_torch_checkpoint(original) else patch_pickle
+    write.write_refined(original, out, dict.fromkeys(replaced, tensors))
     return replaced
 
 

@@ -86,9 +86,13 @@ def _better_than_state(run: Run) -> Path | None:
 
 
 def _save_refined_pickle(run: Run, student: Generator | Denoiser, path: Path) -> None:
-    """Write a published pickle of the student again, with the refined weights."""
+    """Write the user's own pickle or checkpoint again, with the refined weights."""
     file = run.recipe.files.student
-    if file is None or not files.is_pickle(file.path):
+    if file is None:
+        return
+    if files.is_torch_checkpoint(file.path):
+        path = path.with_suffix(".pt")
+    elif not files.is_pickle(file.path):
         return
     try:
         written = generators.save_refined(

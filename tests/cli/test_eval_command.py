@@ -319,7 +319,7 @@ def test_what_is_neither_weights_nor_images_is_refused(tmp_path: Path, real: Pat
     options = ("--reference", real, *SMALL[:2])
     assert "text.txt is no network file" in _refused("fid", tmp_path / "text.txt", *options)
     assert "holds no image" in _refused("fid", tmp_path / "empty", *options)
-    assert "such as torch.save writes" in _refused("fid", tmp_path / "net.pt", *options)
+    assert "without a generator" in _refused("fid", tmp_path / "net.pt", *options)
     assert "There is no" in _refused("fid", tmp_path / "nothing.pkl", *options)
     assert "none of the published teachers" in _refused("fid", "edm-cifar11", *options)
 
