@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import click
+import torch
 
 import teachers
 from core import config, distributed
@@ -34,7 +35,7 @@ from core.cli import report_user_errors, set_up_logging
 from core.disk import atomic_write
 from core.distributed import World
 from core.errors import UserError
-from core.precision import Precision, allow_tf32, slowdown
+from core.precision import DTYPES, Precision, allow_tf32, slowdown
 from core.run_folder import RunFolder
 from refinement import estimate
 from refinement import export as exporting
@@ -64,6 +65,8 @@ _STUDENTS = {
 SCHEMA = ROOT / "configs" / "recipe.schema.json"
 _WITHOUT_EFFECT = {"teach": ("teacher", "training.score_lr")}
 """Mode -> settings that it has no use of: --dry-run leaves them out."""
+_SLOWER = 1.2
+"""Ratio of times above which a precision is called slower: below it lies the noise of timing."""
 _log = logging.getLogger("refine")
 
 
@@ -273,18 +276,20 @@ def _load(recipe: Recipe, world: World) -> Components:
     """Return the components of a recipe that is going to be trained."""
     if recipe.training.tensorboard:
         tensorboard.require_package()
-    if recipe.training.precision not in ("float32", "tf32") and world.is_main:
+    if world.is_main and world.device.type == "cpu":
         _warn_if_slow(recipe.training.precision, world)
     return load_components(recipe, world)
 
 
 def _warn_if_slow(precision: Precision, world: World) -> None:
-    """Log a warning if this device computes a precision slower than float32."""
-    if (ratio := slowdown(precision, world.device)) > 1:
+    """Log a warning if this processor computes a precision slower than float32."""
+    if DTYPES[precision] == torch.float32:
+        return
+    if (ratio := slowdown(precision, world.device)) > _SLOWER:
         _log.warning(
-            "training.precision=%s: convolutions take %.1f times as long as in float32 on this %s, "
-            "which has no arithmetic for it; float32 is faster here",
-            *(precision, ratio, "GPU" if world.device.type == "cuda" else "processor"),
+            "training.precision=%s: convolutions take %.1f times as long as in float32 on this "
+            "processor, which has no arithmetic for it; float32 is faster here",
+            *(precision, ratio),
         )
 
 
