@@ -413,8 +413,34 @@ _TORCH_MODULES = {
     "dropout": ("Dropout",),
     "sparse": ("Embedding",),
 }
+_R3GAN_MODULES = {
+    "Networks": (
+        *("Generator", "GeneratorStage", "GenerativeBasis", "UpsampleLayer", "ResidualBlock"),
+        *("Discriminator", "DiscriminatorStage", "DiscriminativeBasis", "DownsampleLayer"),
+        "Convolution",
+    ),
+    "Resamplers": tuple(
+        f"{kind}{way}sampler{by}"
+        for kind in ("Interpolative", "Inplace")
+        for way in ("Up", "Down")
+        for by in ("CUDA", "Reference")
+    ),
+    "FusedOperators": ("BiasedActivationCUDA", "BiasedActivationReference"),
+}
+"""R3GAN pickles its modules by reference: no source and no constructor arguments are in the file."""
 _CALLS: dict[tuple[str, str], Callable[..., object]] = {
     **_allowed_globals.CALLS,
+    **{
+        (f"{package}.{file}", name): _module_class(f"{package}.{file}.{name}")
+        for package in ("R3GAN", "BaselineGAN")
+        for file, names in _R3GAN_MODULES.items()
+        for name in names
+    },
+    **{
+        (f"training.{file}", name): _module_class(f"training.{file}.{name}")
+        for file in ("networks", "networks_baseline")
+        for name in ("Generator", "Discriminator")
+    },
     ("dnnlib.tflib.network", "Network"): lambda: TensorflowNetwork(),
     **{
         (f"torch.nn.modules.{file}", name): _module_class(f"torch.nn.modules.{file}.{name}")
