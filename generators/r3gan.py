@@ -8,6 +8,7 @@ stages, which is about speed (training.precision has it for all but the first).
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,7 @@ class _Model(nn.Module):
             embedded = config.condition_embedding_dimension
             self.EmbeddingLayer = nn.Linear(config.c_dim, embedded, bias=False)
         first = _Basis(config.noise_dimension + embedded, widths[0])
-        later = [_Upsample(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+        later = [_Upsample(*pair) for pair in pairwise(widths)]
         self.MainLayers = nn.ModuleList(
             _Stage(layer, config, index) for index, layer in enumerate([first, *later])
         )

@@ -427,7 +427,7 @@ _R3GAN_MODULES = {
     ),
     "FusedOperators": ("BiasedActivationCUDA", "BiasedActivationReference"),
 }
-"""R3GAN pickles its modules by reference: no source and no constructor arguments are in the file."""
+"""R3GAN pickles modules by reference: neither source nor constructor arguments are in the file."""
 _CALLS: dict[tuple[str, str], Callable[..., object]] = {
     **_allowed_globals.CALLS,
     **{
