@@ -169,7 +169,7 @@ def measure(
     sha256: hash of the images, if known. keep, world and show: as in `reference_statistics`. The
     number of ranks changes the statistics by rounding only.
     """
-    _log.info("reading %d reference images of %s", len(images), images.path)
+    _log.info("reading %d reference images of %s, once for all runs", len(images), images.path)
     announce(extractor, len(images), images.image_shape, ranks=world.size)
     collected = _collect(
         images, extractor, keep=keep, batch_size=batch_size, world=world, show=show
