@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -42,6 +42,8 @@ _DAMAGE = (
 
 class Retention(Section):
     """Checkpoints that stay when a new one is written."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"best_is": "training.watch"}
 
     newest: int = Field(default=2, ge=1)
     """So many of the newest stay; with two, a damaged one costs little."""

@@ -171,6 +171,7 @@ def test_what_is_watched_must_be_measured(settings: str, message: str) -> None:
     [
         ("training.readings_every_kimg=1", "training.readings_every_kimg: .* 'stats_every_kimg'"),
         ("objective.dropout.pull=true", "objective.dropout.pull: .* now called 'gradient'"),
+        ("training.keep.best_is=lowest", "keep.best_is: .* now called 'training.watch'"),
         ("training.divergence.reading_factor=9", "reading_factor: .* now called 'stats_factor'"),
     ],
 )
