@@ -69,8 +69,10 @@ Images are read in the order of their names. Images smaller than --resolution ar
 except MNIST's 28x28 digits, which get a black border for --resolution 32. Photos are rotated by
 their EXIF orientation, transparent pixels are composed on white, 16-bit channels are reduced to
 their upper 8 bits, CMYK is converted to RGB without a color profile; the number of images for
-each of these changes is printed at the end. Animations cannot be used. If any image cannot be
-used, all such images are listed and nothing is written, unless --skip-broken is given.
+each of these changes is printed at the end. A set that would be almost black, as of 12 bits in
+16-bit files, is refused until --bits says how many there are. Animations cannot be used. If any
+image cannot be used, all such images are listed and nothing is written, unless --skip-broken is
+given.
 
 The same images and options give the same file, byte for byte. Images in it are not compressed:
 50,000 of 32x32 in RGB take 166 MB, one of 256x256 takes 0.2 MB.
