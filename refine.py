@@ -229,7 +229,6 @@ def export_weights(recipe: Recipe, folder: RunFolder, at: str) -> None:
         student, images_seen = exporting.student_at(run, exporting.chosen(run, at))
         if world.is_main:
             out = folder.exported(images_seen)
-            out.path.mkdir(parents=True, exist_ok=True)
             exporting.write(run, student, images_seen, out)
             click.echo(f"wrote {out.student}: the weights after {images_seen:,} images")
 

@@ -39,7 +39,7 @@ _UNDECODABLE = (
 )
 """Exceptions of Pillow for damaged files."""
 
-UPPER_BITS = "kept the upper 8 of 16 bits a channel"
+_UPPER_BITS = "kept the upper 8 of 16 bits a channel"
 _SCALED_BITS = "scaled from {} to 8 bits"
 _ROTATED = "turned as EXIF says"
 _ON_WHITE = "laid on white where transparent"
@@ -132,7 +132,7 @@ def _convert(picture: Image.Image, bits: int | None) -> ConvertedImage:
     # 8 bits
     all_bits = bits is None or bits == 16
     if has_16_bits:
-        changes.append(UPPER_BITS if all_bits else _SCALED_BITS.format(bits))
+        changes.append(_UPPER_BITS if all_bits else _SCALED_BITS.format(bits))
     image = _eight_bits(picture, bits=(bits or 16) if has_16_bits else None)
     if has_grey_palette or is_grey_alpha:
         image = image.convert("L")

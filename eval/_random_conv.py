@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "random-conv-v1"
-WIDTHS = (16, 32, 64, 128)
+_WIDTHS = (16, 32, 64, 128)
 SMALLEST = 16
 """Smallest height and width of an image, in pixels."""
 _GRID = 4
-DIMENSIONS = 2 * sum(WIDTHS) + 3 * _GRID**2
+DIMENSIONS = 2 * sum(_WIDTHS) + 3 * _GRID**2
 """Size of the feature vector: 528."""
 _SLOPE = 0.2
 _GAIN = math.sqrt(2 / (1 + _SLOPE**2))
@@ -39,7 +39,7 @@ class RandomConvolutions:
         random, channels = np.random.RandomState(0), 3
         self.weights: list[Tensor] = []
         digest = hashlib.sha256(NAME.encode())
-        for width in WIDTHS:
+        for width in _WIDTHS:
             scale = math.sqrt(1 / (9 * channels))  # the gain is with the activation
             weight = (random.standard_normal((width, channels, 3, 3)) * scale).astype(np.float32)
             digest.update(weight.tobytes())

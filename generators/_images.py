@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.disk import atomic_write
+from core.disk import atomic_write, writing
 from core.errors import UserError
 from core.roles import Generator
 from eval import samples
-from pretrained import networks
+from generators._fixed import FixedStudent
 
 _BATCH = 16
 
@@ -39,26 +38,18 @@ def sample(
     """Return the images of the seeds, uint8 [N, C, H, W]: those that evaluations see.
 
     truncation: psi, 1 = none. label: the class of all; None: as each seed draws it. Raises
-    UserError if the student has no truncation or no such class.
+    UserError if the student has no truncation or no such class, or an image is not finite.
     """
-    settings = {} if truncation == 1 else {"truncation": truncation}
-    if settings and "truncation" not in inspect.signature(student.forward).parameters:
-        raise UserError(f"a {networks.family_of(student)} student has no truncation: expected 1")
-    if label is not None and not 0 <= label < student.num_classes:
-        raise UserError(f"--class {label}: the student has {student.num_classes} classes")
-    images = []
-    with samples.eval_mode(student):
-        for start in range(0, len(seeds), _BATCH):
-            latents, labels = samples.inputs_of(student, seeds[start : start + _BATCH])
-            if label is not None:
-                labels = torch.full((len(latents),), label)
-            images.append(samples.to_uint8(student(latents, labels, **settings)))
-    return torch.cat(images)
+    fixed = FixedStudent(student, truncation=truncation, label=label)
+    images_of = samples.images_of_seeds(fixed, device="cpu")
+    parts = [images_of(seeds[start : start + _BATCH]) for start in range(0, len(seeds), _BATCH)]
+    return torch.cat(parts)
 
 
 def write(images: Tensor, seeds: list[int], folder: Path) -> None:
     """Write each image as seed0000.png. Raises UserError if the folder cannot be written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for seed, image in zip(seeds, images, strict=True):
         _save(image, folder / f"seed{seed:04d}.png")
 

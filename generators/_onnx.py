@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from core.disk import atomic_write
 from core.errors import UserError
 from core.roles import Generator
 from custom_ops import backend
+from generators._fixed import FixedStudent
 from pretrained import networks
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ def export_onnx(student: Generator, path: str | Path, *, truncation: float = 1.0
         raise UserError(
             f"ONNX export needs {', '.join(missing)}: run `pip install {' '.join(missing)}`"
         )
-    if truncation != 1 and "truncation" not in inspect.signature(student.forward).parameters:
-        raise UserError(f"a {networks.family_of(student)} student has no truncation: expected 1")
     fixed = _Fixed(student, truncation).cpu().eval().requires_grad_(False)
     model = _converted(fixed)
     with atomic_write(Path(path)) as partial:
@@ -64,17 +62,12 @@ def export_onnx(student: Generator, path: str | Path, *, truncation: float = 1.0
     return difference
 
 
-class _Fixed(nn.Module):
+class _Fixed(FixedStudent):
     """A copy of a student at one truncation; its shapes are the student's."""
 
     def __init__(self, student: Generator, truncation: float) -> None:
-        super().__init__()
-        self.student = copy.deepcopy(student).to(memory_format=torch.contiguous_format)
-        self.settings = {} if truncation == 1 else {"truncation": truncation}
-        self.truncation = truncation
-
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.student(latents, labels, **self.settings)
+        copied = copy.deepcopy(student).to(memory_format=torch.contiguous_format)
+        super().__init__(copied, truncation=truncation)
 
     def inputs(self, count: int) -> dict[str, Tensor]:
         """Return fixed latents, and labels if there are any, by the names in the file."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.distributed import unwrap
 from core.randomness import Draws
@@ -52,3 +54,42 @@ def score_loss(
     with dropping(networks.score, draws, wanted=dropout):
         denoised = networks.score(noisy, level, labels)
     return denoising_loss(denoised, images, level, sigma_data=sigma_data)
+
+
+class Compared(NamedTuple):
+    """The student's images, and how score network and teacher denoise them: all with graph."""
+
+    images: Tensor
+    """x, [N, C, H, W]"""
+    sigma: Tensor
+    """[N]"""
+    score: Tensor
+    """F(x + sigma n), [N, C, H, W]"""
+    teacher: Tensor
+    """T(x + sigma n), [N, C, H, W]"""
+
+
+def compared(networks: Networks, draws: Draws, law: SigmaLaw) -> Compared:
+    """Return images and their denoised forms; gradients flow to the student by all of them, and
+    the weights of score network and teacher get none.
+    """
+    images, labels = make(networks, draws)
+    sigma = law.draw(draws, "sigma")
+    noisy = add_noise(images, sigma, draws, "noise")
+    with _frozen(networks.score, networks.teacher):
+        score = networks.score(noisy, sigma, labels)
+        teacher = networks.teacher(noisy, sigma, labels)
+    return Compared(images, sigma, score, teacher)
+
+
+@contextmanager
+def _frozen(*networks: nn.Module) -> Iterator[None]:
+    """Run the body with weights that record no gradients; gradients by the inputs are as ever."""
+    learning = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -28,10 +28,9 @@ from core.errors import UserError
 from core.randomness import Draws
 from core.roles import Generator, LossOutput, Networks, Phase
 from data.images import Images
-from objectives._frozen import frozen
 from objectives._noise import LogNormal, SigmaLaw, add_noise, edm_weight
 from objectives._real_images import RealImages
-from objectives._student import make
+from objectives._student import compared, make
 
 
 class Config(Section):
@@ -115,12 +114,7 @@ def score_loss(networks: Networks, draws: Draws, *, real: RealImages, config: Co
 
 def student_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
     """Return alpha lambda (|T - (beta / alpha) x|^2 - |F - (beta / alpha) x|^2), [N]."""
-    images, labels = make(networks, draws)
-    sigma = config.sigma.draw(draws, "sigma")
-    noisy = add_noise(images, sigma, draws, "noise")
-    with frozen(networks.score, networks.teacher):
-        score = networks.score(noisy, sigma, labels)
-        teacher = networks.teacher(noisy, sigma, labels)
+    images, sigma, score, teacher = compared(networks, draws, config.sigma)
     target = config.beta_over_alpha * images
     gap = (teacher - target).square() - (score - target).square()
     weight = config.alpha * edm_weight(sigma, sigma_data=config.sigma_data)

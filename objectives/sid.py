@@ -22,9 +22,8 @@ from torch import Tensor
 from core.config import Section
 from core.randomness import Draws
 from core.roles import LossOutput, Networks, Phase
-from objectives._frozen import frozen
-from objectives._noise import Karras, LogNormal, SigmaLaw, add_noise
-from objectives._student import make, score_loss
+from objectives._noise import Karras, LogNormal, SigmaLaw
+from objectives._student import compared, score_loss
 
 Normalizer = Literal["l1", "pseudo_huber", "none"]
 
@@ -74,12 +73,7 @@ def build(config: Config) -> ScoreIdentity:
 
 def student_loss(networks: Networks, draws: Draws, *, config: Config) -> LossOutput:
     """Return the loss of SiD or SIM, [N]; its value may be negative."""
-    images, labels = make(networks, draws)
-    sigma = config.sigma.draw(draws, "sigma")
-    noisy = add_noise(images, sigma, draws, "noise")
-    with frozen(networks.score, networks.teacher):
-        score = networks.score(noisy, sigma, labels)
-        teacher = networks.teacher(noisy, sigma, labels)
+    images, _, score, teacher = compared(networks, draws, config.sigma)
     loss = identity_loss(
         images,
         score,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -174,11 +175,14 @@ def _is_rosinality(state: Mapping[str, Tensor]) -> bool:
 def _loaded(path: Path) -> dict[str, object]:
     """Return the content of a checkpoint: tensors and plain data, argparse's settings among it."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of TorchScript, which is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it asks for {asked[1]}, an object of code" if asked else "it is cut off or damaged"
+        if "TorchScript" in str(error):
+            why = "it is a TorchScript program"
         raise UserError(
             f"{path} is a checkpoint of torch.save that is not read as plain tensors: {why}. Save "
             "its state dict alone: torch.save(network.state_dict(), PATH)"

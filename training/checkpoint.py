@@ -146,12 +146,7 @@ class Writer:
 
 def newest(folder: RunFolder) -> Path | None:
     """Return the path of the newest checkpoint, or None if there is none yet."""
-    return next(reversed(_all(folder)), None)
-
-
-def kept(folder: RunFolder) -> list[Path]:
-    """Return the paths of the checkpoints, oldest first."""
-    return _all(folder)
+    return next(reversed(kept(folder)), None)
 
 
 def images_saved(folder: RunFolder) -> int:
@@ -162,7 +157,7 @@ def images_saved(folder: RunFolder) -> int:
 
 def best(folder: RunFolder, watched: WatchedMetric | None) -> Path | None:
     """Return the checkpoint with the best value of the watched metric; None if none has one."""
-    return _best(_all(folder), watched)
+    return _best(kept(folder), watched)
 
 
 def best_intact(folder: RunFolder, keep: Retention, watched: WatchedMetric | None) -> Path | None:
@@ -177,7 +172,7 @@ def drop_after(path: Path, folder: RunFolder) -> None:
     """Remove the checkpoints later than this one, the newest first, so that a kill in
     between leaves a run whose newest checkpoint is one of them.
     """
-    for later in reversed(_all(folder)):
+    for later in reversed(kept(folder)):
         if later == path:
             break
         later.unlink()
@@ -185,7 +180,7 @@ def drop_after(path: Path, folder: RunFolder) -> None:
 
 def drop_newest(folder: RunFolder) -> None:
     """Remove the newest checkpoint, if there is one before it."""
-    *before, last = _all(folder)
+    *before, last = kept(folder)
     if before:
         last.unlink()
 
@@ -264,7 +259,7 @@ def _newest_intact(folder: RunFolder) -> Path | None:
     """Return the newest intact checkpoint, after renaming the damaged ones after it."""
     # newest first, until one is intact
     damaged: list[Path] = []
-    for path in reversed(_all(folder)):
+    for path in reversed(kept(folder)):
         wrong = damage(path)
         if wrong is None:
             break
@@ -298,7 +293,7 @@ def _write(
     with atomic_write(path) as partial:
         torch.save(content, partial)
         seal(partial, scores)
-    paths = _all(folder)
+    paths = kept(folder)
     for old in set(paths) - _retained_paths(paths, keep, watched):
         try:
             old.unlink(missing_ok=True)
@@ -348,5 +343,6 @@ def _content(state: TrainState) -> Content:
     }
 
 
-def _all(folder: RunFolder) -> list[Path]:
+def kept(folder: RunFolder) -> list[Path]:
+    """Return the paths of the checkpoints, oldest first."""
     return sorted(folder.checkpoints.glob("[0-9]*.pt"))

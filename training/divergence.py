@@ -109,11 +109,6 @@ class DivergenceMonitor:
         choose = max if self.watched.highest else min
         return choose(self.curve, key=lambda score: score.value)
 
-    def is_better(self, score: Score, other: Score) -> bool:
-        """Return whether a score is strictly better than another."""
-        assert self.watched is not None
-        return score.value > other.value if self.watched.highest else score.value < other.value
-
     def images_since_best(self) -> int:
         """Return the images seen since the best evaluation; 0 without evaluations."""
         best = self.best

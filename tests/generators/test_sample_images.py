@@ -64,6 +64,19 @@ def test_seeds_that_are_none_are_refused(text: str) -> None:
         _images.parse_seeds(text)
 
 
+def test_images_that_are_not_finite_and_places_that_are_none_are_named(
+    weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written: File exists"):
+        _call(weights, "--seeds", "1", "--out", tmp_path / "file")
+    student = command.generators.load(weights)
+    with torch.no_grad():
+        student.synthesis.b4.const.fill_(float("nan"))
+    with pytest.raises(UserError, match="the image of seed 3 is not finite"):
+        _images.sample(student, [3, 4])
+
+
 def test_a_place_for_the_images_is_asked_for(weights: Path) -> None:
     with pytest.raises(UserError, match="--out DIR"):
         _call(weights)
