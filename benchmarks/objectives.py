@@ -65,8 +65,8 @@ def main(
         raise UserError(
             f"no row {unknown[0]}: expected {', '.join(known)}; real_uid needs --images"
         )
-    click.echo("| objective | FID | recall, % | held-out FID | minutes |")
-    click.echo("|---|---:|---:|---:|---:|")
+    click.echo("| objective | FID | precision, % | recall, % | held-out FID | minutes |")
+    click.echo("|---|---:|---:|---:|---:|---:|")
     for name in chosen:
         runs = [_run(known[name], seed, settings, held_out) for seed in range(seeds)]
         click.echo(row(name, runs))
@@ -75,7 +75,8 @@ def main(
 def row(name: str, runs: Sequence[Mapping[str, float]]) -> str:
     """Return the row of an objective: mean and standard deviation over its seeds."""
     cells = []
-    for key, digits in (("fid", 2), ("recall", 1), ("held_out", 3), ("minutes", 1)):
+    columns = (("fid", 2), ("precision", 1), ("recall", 1), ("held_out", 3), ("minutes", 1))
+    for key, digits in columns:
         values = [run[key] for run in runs if key in run]
         spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
         cells.append(f"{fmean(values):.{digits}f}{spread}" if values else "")
@@ -101,8 +102,9 @@ def _run(
 
 def _metrics(report: Mapping[str, dict]) -> Iterator[tuple[str, float]]:
     yield "fid", report["after"]["fid"]["mean"]
-    if "recall" in report["after"]:
-        yield "recall", 100 * report["after"]["recall"]["mean"]
+    for name in ("precision", "recall"):
+        if name in report["after"]:
+            yield name, 100 * report["after"][name]["mean"]
     yield "minutes", report["durations_seconds"]["training"] / 60
 
 

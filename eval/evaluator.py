@@ -144,10 +144,14 @@ class Evaluator:
         from_features = any(metrics()[name].needs != "student" for name in self.metrics)
         walks = _walks(self.requests) if student is not None else []
         values: dict[str, list[float]] = {}
+
+        # say how long it will take, if it is long
         if from_features and self.image_shape is not None:
             features.announce(
                 self.extractor, sets * images, self.image_shape, ranks=self.world.size
             )
+
+        # each set of images
         with self.show(sets * images * (from_features + len(walks))) as advance:
             for start in range(first_seed, first_seed + sets * images, images):
                 of_set: dict[str, float] = {}

@@ -78,7 +78,9 @@ def _measured_iteration(
     if images < batch and seconds * batch / images < _LONGEST_SECONDS:
         images, seconds = batch, _iterate(state, components, recipe, world, images=batch)
 
-    memory = f"{checkpoint.size_bytes(state) / _GB:.2f} GB of weights and optimizers"
+    memory = (
+        f"{checkpoint.size_bytes(state) / _GB:.2f} GB of weights that learn and their optimizers"
+    )
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated(device) / _GB:.2f} GB of the GPU at the peak"
     return images, seconds, memory

@@ -15,7 +15,9 @@ from core.errors import UserError
 from core.roles import Networks
 from core.run_folder import RunFolder
 from gaussians import (
+    FIXED,
     SHAPE,
+    SIGMA,
     TEACHER_MEAN,
     TEACHER_STD,
     AffineDenoiser,
@@ -24,10 +26,7 @@ from gaussians import (
     exact_networks,
 )
 from objectives import real_uid, sid
-from objectives._noise import LogNormal, edm_weight
-
-SIGMA = 0.7
-FIXED = LogNormal(mean=torch.tensor(SIGMA).log().item(), std=0)
+from objectives._noise import edm_weight
 
 
 class Real:

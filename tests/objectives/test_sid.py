@@ -12,7 +12,9 @@ from cli_runs import call, contents, tiny_recipe
 from core.roles import Networks
 from core.run_folder import RunFolder
 from gaussians import (
+    FIXED,
     SHAPE,
+    SIGMA,
     STUDENT_MEAN,
     STUDENT_STD,
     TEACHER_MEAN,
@@ -23,10 +25,6 @@ from gaussians import (
     exact_networks,
 )
 from objectives import sid
-from objectives._noise import LogNormal
-
-SIGMA = 0.7
-FIXED = LogNormal(mean=torch.tensor(SIGMA).log().item(), std=0)
 
 
 def _gradients(networks: Networks, config: sid.Config, count: int = 200_000) -> dict[str, Tensor]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from core.randomness import Draws
 from core.roles import Networks
+from objectives._noise import LogNormal
 from teachers import gaussian
 
 CPU = torch.device("cpu")
 SHAPE = (1, 2, 2)
 PIXELS = 4
+SIGMA = 0.7
+FIXED = LogNormal(mean=math.log(SIGMA), std=0)
+"""Law of one noise level."""
 STUDENT_MEAN = torch.tensor([0.5, -0.3, 0.0, 1.0])
 STUDENT_STD = torch.tensor([0.4, 0.8, 0.2, 0.5])
 TEACHER_MEAN = torch.tensor([-0.2, 0.1, 0.3, 0.9])
