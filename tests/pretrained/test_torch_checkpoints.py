@@ -155,6 +155,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_runs_nothing(tmp_path: Path
         generators.load(tmp_path / "a.pt")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_a_torchscript_program_is_told_what_it_is(tmp_path: Path) -> None:
     """It is refused before any of it runs."""
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")
